@@ -1,0 +1,32 @@
+# Two commands: `make demo` and `make test`. Everything else is a part of them.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= jobs/align-embedded-cpu.yaml
+RUN ?= runs/demo
+OVERRIDES ?=
+
+.PHONY: setup demo test check bench
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: setup
+	$(BIN)/speechalign align $(DEMO) run_dir=$(RUN) $(OVERRIDES)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell speechalign jobs tests docs README.md
+
+bench: setup
+	$(BIN)/speechalign doctor --speak

@@ -1,0 +1,96 @@
+"""Artifacts that are either whole or absent.
+
+A folder is committed by writing everything into a sibling, hashing it into `manifest.json`,
+and renaming: a reader sees the finished folder or none. safetensors accepts flipped bits, so
+the hash, not the format, is what says that a file is the one that was written.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from speechalign.errors import CorruptArtifact, DataError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def committed_folder(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a folder to write into; on success it becomes `target` in one rename.
+
+    Args:
+        target: where the artifact shall appear; a former one is replaced.
+        facts: what to record beside the hashes (counts, fingerprints, versions). The mapping is
+            read on exit, so the body may still add to it.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    files = {
+        str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(partial.rglob("*"))
+        if path.is_file()
+    }
+    write_json_atomically(partial / MANIFEST, {"facts": dict(facts), "files": files})
+    if target.exists():
+        shutil.rmtree(target)
+    partial.replace(target)
+
+
+def is_committed(folder: Path) -> bool:
+    """Whether the artifact was finished (its files are not hashed again)."""
+    return (folder / MANIFEST).is_file()
+
+
+def manifest_facts(folder: Path) -> dict[str, Any]:
+    """Return the recorded facts of a committed folder."""
+    return _manifest(folder)["facts"]
+
+
+def verify_folder(folder: Path) -> dict[str, Any]:
+    """Hash every file against the manifest and return the recorded facts.
+
+    Raises:
+        CorruptArtifact: a file is missing, or differs in size or content.
+        DataError: there is no manifest, so nothing was ever committed here.
+    """
+    manifest = _manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptArtifact(f"{path} is missing; remove {folder} and run again")
+        if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+            raise CorruptArtifact(
+                f"{path} differs from its manifest (torn write or edited file); "
+                f"remove {folder} and run again"
+            )
+    return manifest["facts"]
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        json.dump(value, file, indent=2, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{folder} has no {MANIFEST}: it was never finished; produce it first")
+    return json.loads(path.read_text())

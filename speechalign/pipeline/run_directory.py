@@ -1,0 +1,185 @@
+"""A run on disk: who holds it, what it was told, which stages are finished.
+
+The same command on the same folder resumes: a committed stage is never redone, a half-written
+one is discarded and redone. Two runs never share a folder.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from speechalign.artifacts import (
+    committed_folder,
+    is_committed,
+    verify_folder,
+    write_json_atomically,
+)
+from speechalign.config.load import config_hash, dump_yaml
+from speechalign.errors import ConfigError, RunLocked
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 10.0
+STALE_AFTER_S = 60.0
+"""A lock of another host without a heartbeat for this long belongs to a dead run."""
+
+Facts = dict[str, Any]
+Produce = Callable[[Path, Facts], None]
+"""Fills the folder it is given; may add to the facts of the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """An open run: held by this process, told one config."""
+
+    path: Path
+    config_hash: str
+
+    def stage(self, name: str, produce: Produce) -> Path:
+        """Return the committed folder of a stage, producing it if it is not there yet.
+
+        Raises:
+            CorruptArtifact: the stage was finished, but its files have changed since.
+        """
+        folder = self.path / name
+        if is_committed(folder):
+            verify_folder(folder)
+            logger.info("%s: finished earlier", name)
+            return folder
+        started_s = time.monotonic()
+        logger.info("%s: started", name)
+        facts: Facts = {"config_hash": self.config_hash}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with committed_folder(folder, facts) as partial:
+            produce(partial, facts)
+            facts["stage_seconds"] = round(time.monotonic() - started_s, 3)
+        logger.info("%s: finished in %.0f s", name, facts["stage_seconds"])
+        return folder
+
+
+@contextmanager
+def open_run(path: Path, config: BaseModel) -> Iterator[RunDirectory]:
+    """Hold a run directory for as long as the block lasts.
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds a run with another config.
+        RunLocked: another live process holds it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"run directory {path} cannot be written ({error.strerror}); choose another run_dir"
+        ) from None
+    with _held(path / "lock"):
+        _record_config(path / "config.yaml", config)
+        yield RunDirectory(path=path, config_hash=config_hash(config))
+
+
+def _record_config(path: Path, config: BaseModel) -> None:
+    resolved = dump_yaml(config)
+    if not path.exists():
+        partial = path.with_name(".config.yaml.partial")
+        partial.write_text(resolved)
+        partial.replace(path)
+        return
+    earlier = _flat(yaml.safe_load(path.read_text()))
+    now = _flat(yaml.safe_load(resolved))
+    changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+    if changed:
+        lines = [f"  {key}: was {earlier.get(key)!r}, now {now.get(key)!r}" for key in changed]
+        raise ConfigError(
+            f"{path.parent} holds a run with another config:\n"
+            + "\n".join(lines)
+            + "\nresume with the config it has, or choose another run_dir"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {
+        key: leaf
+        for name, child in items
+        for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+@contextmanager
+def _held(lock: Path) -> Iterator[None]:
+    owner = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job_id": os.environ.get("RAY_JOB_ID", ""),
+    }
+    _acquire(lock, owner)
+    released = threading.Event()
+
+    def beat() -> None:
+        while not released.wait(HEARTBEAT_S):
+            lock.touch()
+
+    thread = threading.Thread(target=beat, name="run-lock-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        thread.join()
+        lock.unlink(missing_ok=True)
+
+
+def _acquire(lock: Path, owner: dict[str, Any]) -> None:
+    try:
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        _refuse_if_alive(lock)
+        logger.warning("%s: taking over from a run that died", lock.parent)
+        write_json_atomically(lock, owner)
+        return
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(owner, file)
+
+
+def _refuse_if_alive(lock: Path) -> None:
+    try:
+        owner = json.loads(lock.read_text())
+        age_s = time.time() - lock.stat().st_mtime
+    except (ValueError, FileNotFoundError):  # a run that died while it wrote, or that just ended
+        return
+    if owner["host"] == socket.gethostname():
+        is_alive = _is_running(owner["pid"])
+    else:
+        is_alive = age_s < STALE_AFTER_S
+    if is_alive:
+        raise RunLocked(
+            f"{lock.parent} is held by process {owner['pid']} on {owner['host']} "
+            f"(heartbeat {age_s:.0f} s ago); wait for it, stop it, or choose another run_dir"
+        )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,151 @@
+"""The nouns of speechalign, in the order in which a run creates them.
+
+    Prompt -> Sample -> Clip -> ScoredSample -> PreferencePair
+
+Each is frozen and checks itself on creation, so a function that receives one need not.
+Nothing here imports torch, Ray or vLLM: the driver, a worker and a replica share these.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speechalign.errors import DataError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One text to be spoken, the voice to speak it in, and how a person spoke it."""
+
+    prompt_id: str
+    text: str
+    phonemes: str
+    speaker_id: str
+    speaker_codes_KT: NDArray[np.int16]
+    """Golden codes of another recording of the speaker: the voice to continue."""
+    golden_codes_KT: NDArray[np.int16]
+    """Codes of the real recording of `text`."""
+    codec_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One answer of the policy to one prompt, in token ids, the stop token included."""
+
+    prompt_id: str
+    sample_index: int
+    policy_version: int
+    codec_fingerprint: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of the sampler, one per token; the trainer recomputes its own."""
+    is_truncated: bool
+    """Whether the answer hit the length cap, so that it has no stop token."""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise DataError(
+                f"sample {self.sample_id}: {len(self.token_ids)} token ids "
+                f"but {len(self.logprobs)} logprobs; the engine must return one per token"
+            )
+
+    @property
+    def sample_id(self) -> str:
+        """The id of a sample, unique within a policy version."""
+        return f"{self.prompt_id}/{self.sample_index}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """A rendered sample, as the judges hear it."""
+
+    sample_id: str
+    text: str
+    waveform_N: NDArray[np.float32]
+    reference_waveform_N: NDArray[np.float32]
+    """The speaker prompt, rendered by the same codec."""
+    sample_rate_hz: int
+    golden_duration_s: float
+    """How long the person took for the same text; 0 when nobody was recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A judgement that succeeded."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """A judgement that failed; never a zero in disguise."""
+
+    reason: str
+
+
+Score: TypeAlias = Measured | Unmeasured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredSample:
+    """A sample, what each judge measured of it, and the reward made of that."""
+
+    sample: Sample
+    measures: Mapping[str, Score]
+    reward: Score
+
+
+class PairKind(StrEnum):
+    """Where a preference comes from."""
+
+    GOLDEN = "golden"
+    """The recording against a sample: the paper's pairs."""
+    RANKED = "ranked"
+    """The best sample of a group against the worst."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two answers to one prompt, the first preferred to the second."""
+
+    pair_id: str
+    kind: PairKind
+    prompt_id: str
+    policy_version: int
+    codec_fingerprint: str
+    prompt_token_ids: tuple[int, ...]
+    chosen_token_ids: tuple[int, ...]
+    rejected_token_ids: tuple[int, ...]
+    margin: float
+    """Reward of chosen minus rejected; 1.0 for golden pairs, which nobody scored."""
+
+    def __post_init__(self) -> None:
+        if not self.chosen_token_ids or not self.rejected_token_ids:
+            raise DataError(f"pair {self.pair_id}: one side is empty")
+        if self.chosen_token_ids == self.rejected_token_ids:
+            raise DataError(f"pair {self.pair_id}: both sides are the same tokens")
+        if not self.margin > 0:
+            raise DataError(f"pair {self.pair_id}: margin {self.margin} is not positive")
+
+
+class DropReason(StrEnum):
+    """Why a sample or a group made no pair."""
+
+    UNMEASURED = "unmeasured"
+    TIED = "tied"
+    TRUNCATED = "truncated"
+    EMPTY = "empty"
+    IDENTICAL = "identical"
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A group of samples that made no pair."""
+
+    prompt_id: str
+    reason: DropReason

@@ -1,0 +1,97 @@
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from speechalign.config.base import Config
+from speechalign.errors import ConfigError, CorruptArtifact, RunLocked
+from speechalign.pipeline.run_directory import Facts, open_run
+
+
+class Told(Config):
+    beta: float = Field(default=0.1)
+
+
+def write_number(folder: Path, facts: Facts) -> None:
+    (folder / "number").write_text("7")
+    facts["count"] = 1
+
+
+def test_a_finished_stage_is_never_redone(tmp_path: Path):
+    calls: list[int] = []
+
+    def produce(folder: Path, facts: Facts) -> None:
+        calls.append(1)
+        write_number(folder, facts)
+
+    for _ in range(2):
+        with open_run(tmp_path / "run", Told()) as run:
+            folder = run.stage("iteration-1/pairs", produce)
+    assert (len(calls), (folder / "number").read_text()) == (1, "7")
+
+
+def test_a_half_written_stage_leaves_nothing_that_looks_finished(tmp_path: Path):
+    def die(folder: Path, facts: Facts) -> None:
+        write_number(folder, facts)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError), open_run(tmp_path, Told()) as run:
+        run.stage("pairs", die)
+    with open_run(tmp_path, Told()) as run:
+        assert not (tmp_path / "pairs").exists()
+        run.stage("pairs", write_number)
+    assert (tmp_path / "pairs" / "manifest.json").exists()
+
+
+def test_a_flipped_bit_in_a_finished_stage_is_noticed(tmp_path: Path):
+    with open_run(tmp_path, Told()) as run:
+        folder = run.stage("pairs", write_number)
+        (folder / "number").write_text("8")
+        with pytest.raises(CorruptArtifact, match="differs from its manifest"):
+            run.stage("pairs", write_number)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
+    with open_run(tmp_path, Told()), pytest.raises(RunLocked, match=f"process {os.getpid()}"):
+        with open_run(tmp_path, Told()):
+            pass
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "job_id": ""}
+    (tmp_path / "lock").write_text(json.dumps(dead))
+    with open_run(tmp_path, Told()):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "lock").exists()
+
+
+def test_the_fresh_lock_of_another_host_is_respected(tmp_path: Path):
+    (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job_id": ""}))
+    with pytest.raises(RunLocked, match="elsewhere"), open_run(tmp_path, Told()):
+        pass
+
+
+def test_the_silent_lock_of_another_host_is_taken_over(tmp_path: Path):
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job_id": ""}))
+    os.utime(lock, (0, 0))
+    with open_run(tmp_path, Told()):
+        pass
+
+
+def test_another_config_is_refused_with_what_changed(tmp_path: Path):
+    with open_run(tmp_path, Told()):
+        pass
+    with pytest.raises(ConfigError, match=r"beta: was 0\.1, now 0\.2"):
+        with open_run(tmp_path, Told(beta=0.2)):
+            pass
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        with open_run(tmp_path / "file" / "run", Told()):
+            pass
