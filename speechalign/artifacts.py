@@ -34,10 +34,21 @@ def committed_folder(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         facts: what to record beside the hashes (counts, fingerprints, versions). The mapping is
             read on exit, so the body may still add to it.
     """
+    partial = partial_folder(target)
+    yield partial
+    commit_folder(partial, target, facts)
+
+
+def partial_folder(target: Path) -> Path:
+    """Return a new, empty sibling of `target` to write into."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    return partial
+
+
+def commit_folder(partial: Path, target: Path, facts: Mapping[str, Any]) -> None:
+    """Hash what was written and rename it to `target`; a former artifact is replaced."""
     files = {
         str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(partial.rglob("*"))

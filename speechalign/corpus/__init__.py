@@ -1,0 +1,1 @@
+"""Where the embedded speech comes from: registry packages to a manifest of clips."""

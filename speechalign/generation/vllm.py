@@ -1,0 +1,151 @@
+"""Answers from a vLLM engine inside this process: the only import of vllm.
+
+Measured here, and the reason for the settings below:
+    - A prompt that vLLM prefills in chunks loses its seed (on a CPU it crashes: "CPU Generator
+      does not use offset"), so chunked prefill is off and a step holds the longest prompt.
+    - Idle OpenMP threads spin: 2 threads on 2 busy cores were 5 times slower than 1.
+    - `torch.compile` of vLLM's sampler needs a C++ compiler and 10 s for nothing on a CPU.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speechalign.artifacts import verify_folder
+from speechalign.config.sampling import VllmConfig
+from speechalign.errors import ConfigError, EngineDead
+from speechalign.generation.base import (
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    check_lengths,
+)
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+MIN_BATCHED_TOKENS = 4096
+"""The least number of tokens in one step of the engine."""
+
+
+class VllmEngine:
+    """An `Engine` with continuous batching; it lives as long as its actor."""
+
+    def __init__(self, folder: Path, config: VllmConfig) -> None:
+        self._config = config
+        self._policy_version = _policy_version(folder)
+        self._vllm = _import_vllm(config)
+        self._llm = self._vllm.LLM(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype=DTYPES[config.dtype],
+            enforce_eager=config.enforce_eager,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, config.max_model_len),
+            enable_chunked_prefill=False,
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=config.kv_cache_mib * 2**20,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+        )
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights that answer now."""
+        return self._policy_version
+
+    def load_policy(self, folder: Path) -> None:
+        """Replace the weights in place by those of another policy of the same shape."""
+        version = _policy_version(folder)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self._llm.apply_model(_tie_head)
+        self._llm.reset_prefix_cache()
+        self._policy_version = version
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], params: SamplingParams
+    ) -> list[list[Generation]]:
+        """Return one list per request, with one answer per seed, in order."""
+        check_lengths(requests, params, self._config.max_model_len)
+        prompts = [
+            {"prompt_token_ids": list(request.prompt_token_ids)}
+            for request in requests
+            for _ in request.seeds
+        ]
+        settings = [self._settings(params, seed) for r in requests for seed in r.seeds]
+        try:
+            outputs = self._llm.generate(prompts, settings, use_tqdm=False)
+        except (RuntimeError, AssertionError) as error:
+            # vLLM's loop has state that an exception leaves half updated: nothing after this
+            # can be trusted, whatever the cause was.
+            raise EngineDead(f"vLLM failed and must be started again: {error}") from error
+        flat = iter([_generation(output.outputs[0], params) for output in outputs])
+        return [[next(flat) for _ in request.seeds] for request in requests]
+
+    def _settings(self, params: SamplingParams, seed: int) -> Any:
+        return self._vllm.SamplingParams(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_new_tokens,
+            stop_token_ids=[params.eos_id],
+            seed=seed if params.temperature else None,
+            detokenize=False,
+            logprobs=0,
+        )
+
+
+def _import_vllm(config: VllmConfig) -> Any:
+    os.environ.update(ENVIRONMENT)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_mib
+    if config.device == "cpu":
+        os.environ.update(CPU_ENVIRONMENT)
+        torch.set_num_threads(config.num_threads)  # vLLM forbids it later
+    try:
+        import vllm
+    except ImportError as error:
+        raise ConfigError(
+            f"vLLM cannot be imported ({error}); install the extra `cpu` or `gpu`, or use "
+            "the engine kind `transformers`"
+        ) from error
+    return vllm
+
+
+def _tie_head(model: Any) -> None:
+    """Give an output head that shares the embedding's weights the reloaded ones.
+
+    `reload_weights` skips it (vLLM 0.29: "ParallelLMHead: Failed to load weights"), and a CPU
+    computes with a packed copy of the old ones.
+    """
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def _policy_version(folder: Path) -> int:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} holds no policy; train one with `speechalign sft`")
+    return int(verify_folder(folder)["policy_version"])
+
+
+def _generation(output: Any, params: SamplingParams) -> Generation:
+    token_ids = tuple(output.token_ids)
+    logprobs = tuple(
+        step[token].logprob for step, token in zip(output.logprobs, token_ids, strict=True)
+    )
+    return Generation(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        is_truncated=not token_ids or token_ids[-1] != params.eos_id,
+    )

@@ -1,0 +1,65 @@
+"""How a prompt and its answer are written in token ids: the one place that knows.
+
+    SPEAKER  codes of the voice to continue  TEXT  phonemes  SPEECH | codes of the answer  EOS
+                                                    the prompt ends here | the answer
+
+Shapes: K codebooks, T frames, S flat token ids.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speechalign.errors import DataError
+from speechalign.policy.vocabulary import EOS_ID, SPEAKER_ID, SPEECH_ID, TEXT_ID, Vocabulary
+
+
+def prompt_token_ids(
+    vocabulary: Vocabulary,
+    phonemes: str,
+    speaker_codes_KT: NDArray[np.integer],
+    *,
+    prefix_frames: int,
+) -> tuple[int, ...]:
+    """Return the ids of a prompt.
+
+    Args:
+        vocabulary: of the policy.
+        phonemes: the text in the policy's symbols.
+        speaker_codes_KT: golden codes of another recording of the speaker; only the AR levels
+            of the first `prefix_frames` frames are used.
+        prefix_frames: how much of the voice the policy is used to.
+
+    Raises:
+        DataError: the recording is shorter than the prefix.
+        UnspeakableText: the text has a character without a symbol.
+    """
+    num_frames = speaker_codes_KT.shape[1]
+    if num_frames < prefix_frames:
+        raise DataError(
+            f"the speaker prompt has {num_frames} frames, the policy wants {prefix_frames}; "
+            "choose a longer recording of the speaker"
+        )
+    prefix_KT = speaker_codes_KT[: vocabulary.num_codebooks, :prefix_frames]
+    voice_S = vocabulary.layout.flatten(prefix_KT.astype(np.int64))
+    text = vocabulary.encode_text(phonemes)
+    return (SPEAKER_ID, *voice_S.tolist(), TEXT_ID, *text, SPEECH_ID)
+
+
+def answer_token_ids(vocabulary: Vocabulary, codes_KT: NDArray[np.integer]) -> tuple[int, ...]:
+    """Return the ids of an answer, its stop token included; deeper levels are left out."""
+    levels_KT = codes_KT[: vocabulary.num_codebooks].astype(np.int64)
+    return (*vocabulary.layout.flatten(levels_KT).tolist(), EOS_ID)
+
+
+def answer_codes(vocabulary: Vocabulary, token_ids: Sequence[int]) -> NDArray[np.int64]:
+    """Return codes_KT of an answer; the stop token, if there is one, is dropped.
+
+    Raises:
+        MalformedCodes: an id is no code of its level, or the frames are not whole.
+    """
+    ids = list(token_ids)
+    if ids and ids[-1] == EOS_ID:
+        ids.pop()
+    return vocabulary.layout.unflatten(np.asarray(ids, dtype=np.int64))

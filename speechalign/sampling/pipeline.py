@@ -1,0 +1,251 @@
+"""Sampling, rendering and judging as one streaming Ray Data pipeline.
+
+    prompts -> SampleStage -> RenderStage -> a pool per judge -> Parquet
+                                                  rows without sound -> quarantine
+
+A stage is a plain class in a pool of actors; while one block is judged the next is rendered and
+the one after it sampled. A block is one batch of the first stage: Ray Data's unit of overlap.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from speechalign.artifacts import committed_folder
+from speechalign.config.codec import CodecConfig
+from speechalign.config.sampling import (
+    GenerationEngineConfig,
+    PoolConfig,
+    RenderingConfig,
+    SamplingConfig,
+)
+from speechalign.errors import ConfigError, DataError
+from speechalign.rows import QUARANTINE
+from speechalign.sampling.rendering import FAILED
+from speechalign.sampling.stages import RenderStage, SampleStage
+
+LOGGER = logging.getLogger(__name__)
+SCORED = "scored.parquet"
+QUARANTINED = "quarantine.parquet"
+AUDIO_COLUMNS = ("waveform_pcm", "reference_pcm")
+SECONDS = "_seconds"
+"""A stage adds a column NAME_seconds: its share of the actor's time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A plain class that turns Arrow batches into Arrow batches, and the actors that run it."""
+
+    name: str
+    stage: Callable[..., Callable[[pa.Table], pa.Table]]
+    """The class itself; each actor creates one."""
+    arguments: Mapping[str, Any]
+    """Of its constructor."""
+    pool: PoolConfig
+
+
+def sample_stage(
+    ar_folder: Path,
+    engine: GenerationEngineConfig,
+    sampling: SamplingConfig,
+    *,
+    run_seed: int,
+    pool: PoolConfig,
+) -> Stage:
+    """Return the stage that samples."""
+    arguments = {
+        "ar_folder": ar_folder,
+        "engine": engine,
+        "sampling": sampling,
+        "run_seed": run_seed,
+    }
+    return Stage(name="sample", stage=SampleStage, arguments=arguments, pool=pool)
+
+
+def render_stage(
+    codec: CodecConfig,
+    ar_folder: Path,
+    nar_folder: Path,
+    config: RenderingConfig,
+    *,
+    pool: PoolConfig,
+) -> Stage:
+    """Return the stage that renders."""
+    arguments = {
+        "codec": codec,
+        "ar_folder": ar_folder,
+        "nar_folder": nar_folder,
+        "config": config,
+    }
+    return Stage(name="render", stage=RenderStage, arguments=arguments, pool=pool)
+
+
+def check_resources(stages: Sequence[Stage], available: Mapping[str, float]) -> None:
+    """Refuse pools that can never all start; Ray itself would wait for ever.
+
+    Args:
+        stages: of one pipeline; all their actors live at the same time.
+        available: of the cluster, as `ray.cluster_resources` tells.
+
+    Raises:
+        ConfigError: naming what is missing, and which stage wants how much.
+    """
+    for resource, attribute in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted = {
+            stage.name: stage.pool.num_actors * getattr(stage.pool, attribute) for stage in stages
+        }
+        total, found = sum(wanted.values()), available.get(resource, 0.0)
+        if total > found + 1e-6:
+            parts = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+            raise ConfigError(
+                f"the pools want {total:g} {resource} ({parts}), the cluster has {found:g}; "
+                f"lower num_actors or {attribute}, or join a larger cluster (RAY_ADDRESS)"
+            )
+
+
+def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
+    """Return the dataset that pulls the rows of `table` through the stages.
+
+    Nothing runs before it is consumed. The order of rows is kept.
+
+    Raises:
+        ConfigError: the cluster is too small for the pools.
+    """
+    check_resources(stages, ray.cluster_resources())
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    size = stages[0].pool.batch_size
+    blocks = [table.slice(start, size) for start in range(0, table.num_rows, size)]
+    dataset = ray.data.from_arrow(blocks)
+    for stage in stages:
+        dataset = dataset.map_batches(
+            stage.stage,
+            fn_constructor_kwargs=dict(stage.arguments),
+            compute=ray.data.ActorPoolStrategy(size=stage.pool.num_actors),
+            batch_size=stage.pool.batch_size,
+            batch_format="pyarrow",
+            num_cpus=stage.pool.num_cpus,
+            num_gpus=stage.pool.num_gpus,
+        )
+    return dataset
+
+
+def sample_and_judge(
+    table: pa.Table,
+    stages: Sequence[Stage],
+    folder: Path,
+    *,
+    keep_audio: bool,
+    quarantine: pa.Table | None = None,
+) -> dict[str, Any]:
+    """Run the stages over `table` and commit what comes out, row by row as it comes.
+
+    Args:
+        table: rows.PROMPT for the sampling stage, or rows.SAMPLE for the rendering stage.
+        stages: in order; they share the cluster.
+        folder: gets `scored.parquet`, `quarantine.parquet` and the manifest.
+        keep_audio: whether the waveforms are stored too.
+        quarantine: rows.QUARANTINE that were dropped before; they are stored beside the others.
+
+    Returns:
+        The facts of the manifest: counts, wall-clock and per-stage seconds.
+
+    Raises:
+        ConfigError: the cluster is too small for the pools.
+        DataError: no row is left.
+    """
+    started = time.perf_counter()
+    facts: dict[str, Any] = {"kind": "scored"}
+    dataset = stream(table, stages)
+    with committed_folder(folder, facts) as partial:
+        tally = _Tally([] if quarantine is None else quarantine.to_pylist())
+        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        _write(map(tally.admit, batches), partial / SCORED, keep_audio=keep_audio)
+        dropped = pa.Table.from_pylist(tally.dropped, schema=QUARANTINE)
+        pq.write_table(dropped, partial / QUARANTINED)
+        if not tally.counts["rows"]:
+            reason = tally.dropped[0]["reason"] if tally.dropped else "there was no prompt"
+            raise DataError(f"every row was dropped on the way to {folder}; first: {reason}")
+        facts |= tally.facts(stages) | {"wall_seconds": time.perf_counter() - started}
+    LOGGER.info("%s: %s", folder.name, time_split(facts))
+    return facts
+
+
+def time_split(facts: Mapping[str, Any]) -> str:
+    """Return one line on where the time of a finished pipeline went."""
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in facts["stage_seconds"].items())
+    return f"{facts['num_rows']} rows in {facts['wall_seconds']:.1f} s of wall clock ({parts})"
+
+
+class _Tally:
+    """Counts what passes, and holds back what was not rendered."""
+
+    def __init__(self, dropped: list[dict[str, str]]) -> None:
+        self.dropped = dropped
+        self.counts: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def admit(self, batch: pa.Table) -> pa.Table:
+        for name in batch.column_names:
+            if name.endswith(SECONDS):
+                self.seconds[name] += _sum(batch[name])
+        if "judge_errors" in batch.column_names:
+            batch = self._hold_back(batch)
+            self.counts["empty"] += _sum(pc.equal(pc.binary_length(batch["waveform_pcm"]), 0))
+        self.counts["rows"] += batch.num_rows
+        self.counts["truncated"] += _sum(batch["is_truncated"])
+        self.counts["tokens"] += _sum(pc.list_value_length(batch["token_ids"]))
+        return batch
+
+    def _hold_back(self, batch: pa.Table) -> pa.Table:
+        is_failed = pc.starts_with(batch["judge_errors"], FAILED)
+        ids = ["prompt_id", "sample_index", "judge_errors"]
+        self.dropped += [
+            {
+                "stage": "render",
+                "row_id": f"{row['prompt_id']}/{row['sample_index']}",
+                "reason": row["judge_errors"],
+            }
+            for row in batch.filter(is_failed).select(ids).to_pylist()
+        ]
+        return batch.filter(pc.invert(is_failed))
+
+    def facts(self, stages: Sequence[Stage]) -> dict[str, Any]:
+        return {
+            "num_rows": self.counts["rows"],
+            "num_dropped": len(self.dropped),
+            "num_truncated": self.counts["truncated"],
+            "num_empty": self.counts["empty"],
+            "num_tokens": self.counts["tokens"],
+            "stage_seconds": {
+                stage.name: round(self.seconds[stage.name + SECONDS], 3) for stage in stages
+            },
+        }
+
+
+def _sum(column: pa.ChunkedArray) -> Any:
+    return pc.sum(column).as_py() or 0
+
+
+def _write(tables: Iterator[pa.Table], path: Path, *, keep_audio: bool) -> None:
+    writer: pq.ParquetWriter | None = None
+    try:
+        for table in tables:
+            if not keep_audio:
+                table = table.drop_columns([c for c in AUDIO_COLUMNS if c in table.column_names])
+            if writer is None:
+                writer = pq.ParquetWriter(path, table.schema)
+            writer.write_table(table.cast(writer.schema))
+    finally:
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,85 @@
+"""Golden codec tokens in memory, as the supervised jobs read them."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+from numpy.typing import NDArray
+
+from speechalign.errors import ConfigError, DataError
+from speechalign.rows import GOLDEN
+from speechalign.seeds import derive_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenClip:
+    """One clip of a golden table."""
+
+    clip_id: str
+    phonemes: str
+    speaker_id: str
+    codes_KT: NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoldenSet:
+    """The clips of one split, and who speaks which."""
+
+    clips: tuple[GoldenClip, ...]
+    by_speaker: dict[str, tuple[int, ...]]
+    codec_fingerprint: str
+
+    def companion(self, index: int, min_frames: int, *seed: str | int) -> GoldenClip:
+        """Return another clip of the same speaker, of at least `min_frames` frames.
+
+        The clip itself is the answer when the speaker has no other.
+        """
+        clip = self.clips[index]
+        others = [
+            other
+            for other in self.by_speaker[clip.speaker_id]
+            if other != index and self.clips[other].codes_KT.shape[1] >= min_frames
+        ]
+        if not others:
+            return clip
+        return self.clips[others[derive_seed("companion", clip.clip_id, *seed) % len(others)]]
+
+
+def read_golden(path: Path, split: str, *, min_frames: int) -> GoldenSet:
+    """Read the transcribed clips of a split.
+
+    Raises:
+        ConfigError: there is no such file, or no clip of the split in it.
+        DataError: clips of different codecs are mixed.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"golden tokens {path} do not exist; make them with `speechalign prepare`"
+        )
+    wanted = (ds.field("split") == split) & (ds.field("phonemes") != "")
+    rows = ds.dataset(path, schema=GOLDEN).to_table(filter=wanted).to_pylist()
+    clips = tuple(
+        GoldenClip(
+            clip_id=row["clip_id"],
+            phonemes=row["phonemes"],
+            speaker_id=row["speaker_id"],
+            codes_KT=np.asarray(row["codes"], np.int16).reshape(-1, row["num_frames"]),
+        )
+        for row in rows
+        if row["num_frames"] >= min_frames
+    )
+    if not clips:
+        raise ConfigError(f"{path} has no transcribed clip of split {split!r} to train on")
+    fingerprints = sorted({row["codec_fingerprint"] for row in rows})
+    if len(fingerprints) > 1:
+        raise DataError(f"{path} mixes the codecs {fingerprints}; prepare all of it with one codec")
+    by_speaker: dict[str, list[int]] = defaultdict(list)
+    for index, clip in enumerate(clips):
+        by_speaker[clip.speaker_id].append(index)
+    return GoldenSet(
+        clips=clips,
+        by_speaker={speaker: tuple(found) for speaker, found in by_speaker.items()},
+        codec_fingerprint=fingerprints[0],
+    )

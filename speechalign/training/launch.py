@@ -1,0 +1,123 @@
+"""Start Ray Train workers, show their progress, bring their errors home as they were raised."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from speechalign.config.training import WorkersConfig
+from speechalign.errors import SpeechalignError
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 10.0
+
+WorkerFunction = Callable[[dict[str, Any]], None]
+"""Runs on every worker; what it returns is dropped, what it writes is the result."""
+
+
+def run_workers(
+    train: WorkerFunction,
+    settings: dict[str, Any],
+    workers: WorkersConfig,
+    storage: Path,
+) -> None:
+    """Run a function on every worker of a torch process group, and wait for all.
+
+    Args:
+        train: a module-level function; it finds the group through torch.distributed.
+        settings: plain values for the function.
+        workers: how many, and what each needs.
+        storage: a folder that Ray Train may keep its state in; `metrics.jsonl` beside it is
+            followed for progress.
+
+    Raises:
+        SpeechalignError: what a worker raised, of the same type.
+        RuntimeError: the workers died of something else.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    uses_gpu = workers.gpus_per_worker > 0
+    resources = {"CPU": workers.cpus_per_worker}
+    if uses_gpu:
+        resources["GPU"] = workers.gpus_per_worker
+    storage.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        _Worker(train, workers.threads_per_worker),
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=uses_gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(storage.resolve()),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        with _progress(storage.parent / "metrics.jsonl"):
+            trainer.fit()
+    except Exception as error:  # Ray wraps a worker's error in several types of its own
+        original = _original(error)
+        if original is not None:
+            raise original from None
+        raise RuntimeError(f"training workers died: {error}") from error
+
+
+class _Worker:
+    """Limits the threads of a worker before torch starts any."""
+
+    def __init__(self, train: WorkerFunction, num_threads: int) -> None:
+        self._train = train
+        self._num_threads = num_threads
+        self.__name__ = train.__name__
+
+    def __call__(self, settings: dict[str, Any]) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(self._num_threads)
+        import torch
+
+        torch.set_num_threads(self._num_threads)
+        self._train(settings)
+
+
+@contextmanager
+def _progress(metrics: Path) -> Iterator[None]:
+    """Log the newest line of the metrics from time to time."""
+    finished = threading.Event()
+
+    def follow() -> None:
+        shown = ""
+        while not finished.wait(PROGRESS_EVERY_S):
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            if lines and lines[-1] != shown:
+                shown = lines[-1]
+                logger.info("training %s", shown)
+
+    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _original(error: BaseException) -> SpeechalignError | None:
+    """Find the speechalign error among causes and Ray's per-worker failures."""
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        current = waiting.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        if isinstance(current, SpeechalignError):
+            return current
+        seen.add(id(current))
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        waiting += list(getattr(current, "worker_failures", {}).values())
+    return None

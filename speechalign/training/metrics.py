@@ -1,0 +1,53 @@
+"""What a training says of itself: JSON lines always, TensorBoard beside them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`; only rank 0 writes."""
+
+    def __init__(self, folder: Path, *, is_writer: bool = True) -> None:
+        self._file = None
+        if is_writer:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "metrics.jsonl").open("a")
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
+        """Record the values of one step."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, float | int):
+                self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the recorded lines, oldest first; a half-written last line is left out."""
+    rows: list[dict[str, float]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,197 @@
+"""`speechalign sft`: the AR or the NAR model, trained on golden tokens.
+
+The folder `<output>-work` holds checkpoints and metrics while it runs; `output` appears when the
+training is done. The same command resumes from the newest checkpoint.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, Protocol, assert_never
+
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from speechalign.artifacts import commit_folder, is_committed, partial_folder, verify_folder
+from speechalign.config.load import config_hash
+from speechalign.config.training import SftArConfig, SftConfig, SftNarConfig
+from speechalign.errors import Diverged
+from speechalign.seeds import derive_seed
+from speechalign.training.collate import rows_of_rank
+from speechalign.training.engine import Engine, global_mean, global_sum, world
+from speechalign.training.launch import run_workers
+from speechalign.training.metrics import MetricsWriter
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_UPDATES = 3
+"""Batches in a row whose loss is not finite, after which the run stops."""
+
+
+class Task(Protocol):
+    """What a supervised job trains, and on what."""
+
+    model: nn.Module
+
+    def rows(self, step: int) -> list[int]:
+        """Return the training rows of a micro-batch, over all ranks."""
+        ...
+
+    def loss(self, model: nn.Module, rows: list[int], step: int) -> tuple[Tensor, Tensor]:
+        """Return (summed loss, number of terms) of the rows of this rank."""
+        ...
+
+    def heldout(self, model: nn.Module) -> dict[str, float]:
+        """Return measurements of held-out rows."""
+        ...
+
+    def save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+        """Commit the trained model."""
+        ...
+
+
+def run_sft(config: SftConfig) -> Path:
+    """Train and commit a model; return its folder. A finished one is kept.
+
+    Raises:
+        ConfigError: the data cannot be read, or does not fit the model.
+        Diverged: the loss stopped being finite.
+    """
+    if is_committed(config.output):
+        verify_folder(config.output)
+        logger.info("%s: finished earlier", config.output)
+        return config.output
+    build_task(config)  # a mistake in the data shows here, before any worker starts
+    work = work_folder(config)
+    settings = {"config": config.model_dump(mode="json")}
+    run_workers(train_worker, settings, config.workers, work / "ray")
+    return config.output
+
+
+def work_folder(config: SftConfig) -> Path:
+    """Return where checkpoints and metrics are."""
+    return config.output.with_name(f"{config.output.name}-work")
+
+
+def build_task(config: SftConfig) -> Task:
+    """Return the task that a config names."""
+    from speechalign.training.sft_ar import ArTask
+    from speechalign.training.sft_nar import NarTask
+
+    torch.manual_seed(derive_seed(config.seed, "weights", config.kind))
+    match config:
+        case SftArConfig():
+            return ArTask(config)
+        case SftNarConfig():
+            return NarTask(config)
+        case _:
+            assert_never(config)
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train on this rank; rank 0 writes metrics and the model."""
+    config: SftConfig = TypeAdapter(SftConfig).validate_python(settings["config"])
+    task = build_task(config)
+    num_micro = config.num_steps * config.engine.num_accumulated
+    engine = Engine(task.model, config.engine, config.num_steps)
+    checkpoint = work_folder(config) / "checkpoint"
+    if is_committed(checkpoint):
+        verify_folder(checkpoint)
+        engine.load(checkpoint)
+        logger.info("resumed after step %d", engine.step_index)
+    first = engine.step_index * config.engine.num_accumulated
+    with MetricsWriter(work_folder(config), is_writer=world()[0] == 0) as metrics:
+        loop = _Loop(config, task, engine, metrics)
+        for micro in range(first, num_micro):
+            loop.step(micro)
+            if (micro + 1) % config.engine.num_accumulated == 0:
+                loop.after_update(checkpoint)
+    with engine.whole_weights() as model:
+        if world()[0] == 0:
+            facts = {"config_hash": config_hash(config), "num_steps": config.num_steps}
+            task.save(config.output, model, facts)
+    _barrier()
+
+
+class _Loop:
+    """One update after another, with what it says of itself."""
+
+    def __init__(
+        self, config: SftConfig, task: Task, engine: Engine, metrics: MetricsWriter
+    ) -> None:
+        self._config, self._task, self._engine, self._metrics = config, task, engine, metrics
+        self._total = torch.zeros(())
+        self._count = torch.zeros(())
+        self._bad_updates = 0
+        self._since = time.monotonic()
+
+    def step(self, micro: int) -> None:
+        """Train on one micro-batch."""
+        rank, num_ranks = world()
+        rows = rows_of_rank(self._task.rows(micro), rank, num_ranks)
+        with self._engine.autocast():
+            total, count = self._task.loss(self._engine.module, rows, micro)
+        if not torch.isfinite(global_sum(total)):
+            self._skip(micro)
+        else:
+            self._bad_updates = 0
+            self._total += total.detach().cpu()
+            self._count += count.cpu()
+            self._engine.update(global_mean(total, count))
+
+    def after_update(self, checkpoint: Path) -> None:
+        """Log, evaluate and save when it is time."""
+        step, config = self._engine.step_index, self._config
+        if step % config.log_every == 0:
+            self._log(step)
+        if step % config.heldout_every == 0 or step == config.num_steps:
+            self._engine.unwrapped.eval()
+            with torch.no_grad(), self._engine.autocast():
+                self._metrics.write(step, self._task.heldout(self._engine.module))
+            self._engine.unwrapped.train()
+        if step % config.checkpoint_every == 0 or step == config.num_steps:
+            save_checkpoint(self._engine, checkpoint)
+
+    def _log(self, step: int) -> None:
+        total, count = global_sum(self._total), global_sum(self._count)
+        elapsed_s = time.monotonic() - self._since
+        values = {
+            "loss": float(total / count),
+            "tokens_per_s": float(count / elapsed_s),
+            "learning_rate": self._engine.learning_rate,
+        }
+        self._metrics.write(step, values)
+        if world()[0] == 0:
+            logger.info("step %d/%d %s", step, self._config.num_steps, values)
+        self._total, self._count = torch.zeros(()), torch.zeros(())
+        self._since = time.monotonic()
+
+    def _skip(self, micro: int) -> None:
+        self._bad_updates += 1
+        self._engine.discard_gradients()
+        if self._bad_updates >= MAX_BAD_UPDATES:
+            raise Diverged(
+                f"the loss was not finite for {MAX_BAD_UPDATES} batches in a row, until batch "
+                f"{micro}; lower the learning rate, or look at the metrics beside the checkpoint"
+            )
+
+
+def save_checkpoint(engine: Engine, folder: Path) -> None:
+    """Commit the state of all ranks; a kill in between leaves the former checkpoint."""
+    rank, _ = world()
+    partial = folder.with_name(f".{folder.name}.partial")
+    if rank == 0:
+        partial_folder(folder)
+    _barrier()
+    engine.save(partial)
+    _barrier()
+    if rank == 0:
+        commit_folder(partial, folder, {"step_index": engine.step_index})
+    _barrier()
+
+
+def _barrier() -> None:
+    if world()[1] > 1:
+        dist.barrier()

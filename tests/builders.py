@@ -1,0 +1,31 @@
+"""Small builders: a test names only what it is about."""
+
+import numpy as np
+
+from speechalign.types import Prompt, Sample
+
+
+def a_prompt(*, prompt_id: str = "p0", num_frames: int = 4, num_codebooks: int = 2) -> Prompt:
+    frames = np.arange(num_codebooks * num_frames, dtype=np.int16)
+    return Prompt(
+        prompt_id=prompt_id,
+        text="the dog slept",
+        phonemes="dɔɡ",
+        speaker_id="s0",
+        speaker_codes_KT=frames.reshape(num_codebooks, num_frames),
+        golden_codes_KT=frames[::-1].reshape(num_codebooks, num_frames),
+        codec_fingerprint="f",
+    )
+
+
+def a_sample(*, prompt_id: str = "p0", index: int = 0, num_tokens: int = 4) -> Sample:
+    return Sample(
+        prompt_id=prompt_id,
+        sample_index=index,
+        policy_version=0,
+        codec_fingerprint="f",
+        prompt_token_ids=(2, 3, 4),
+        token_ids=tuple(range(8, 8 + num_tokens)),
+        logprobs=(-0.5,) * num_tokens,
+        is_truncated=False,
+    )
