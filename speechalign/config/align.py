@@ -1,1 +1,84 @@
-"""pending"""
+"""A recipe of `speechalign align`: everything a run can be told, in the order of the data."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from speechalign.config.base import Config
+from speechalign.config.codec import CodecConfig, EmbeddedCodecConfig
+from speechalign.config.dpo import DpoTrainingConfig
+from speechalign.config.evaluation import EvaluationConfig
+from speechalign.config.judges import (
+    JudgeConfig,
+    RecogniserConfig,
+    RewardConfig,
+    judge_measures,
+)
+from speechalign.config.preferences import PairingConfig
+from speechalign.config.sampling import (
+    GenerationEngineConfig,
+    PromptsConfig,
+    RenderingConfig,
+    SamplingConfig,
+    SamplingPoolsConfig,
+    VllmConfig,
+)
+
+
+class PipelineConfig(Config):
+    """How often the wheel turns."""
+
+    iterations: int = Field(default=1, gt=0)
+    """Sample, judge, pair, train, evaluate: once each an iteration (SpeechAlign, Algorithm 1)."""
+    keep_earlier_pairs: bool = True
+    """Train on the pairs of all iterations so far, as the paper does."""
+    reference: Literal["previous", "first"] = "previous"
+    """DPO's frozen reference: the policy of the iteration before, or the one of the start."""
+
+
+class AlignConfig(Config):
+    """A run."""
+
+    run_dir: Path
+    seed: int = 0
+    codec: CodecConfig = EmbeddedCodecConfig()
+    golden: Path
+    """Golden codec tokens, of `speechalign prepare`."""
+    policy: Path
+    """The AR model to align."""
+    nar: Path
+    """Fills the codec levels that the AR model leaves out; not trained here."""
+    prompts: PromptsConfig = PromptsConfig()
+    engine: GenerationEngineConfig = VllmConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rendering: RenderingConfig = RenderingConfig()
+    pools: SamplingPoolsConfig = SamplingPoolsConfig()
+    judges: tuple[JudgeConfig, ...] = Field(min_length=1)
+    reward: RewardConfig
+    pairing: PairingConfig = PairingConfig()
+    training: DpoTrainingConfig = DpoTrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+
+    @model_validator(mode="after")
+    def _rewards_are_measured(self) -> "AlignConfig":
+        measured = {name for judge in self.judges for name in judge_measures(judge)}
+        for term in self.reward.terms:
+            if term.measure not in measured:
+                raise ValueError(
+                    f"reward term {term.measure!r} is measured by no judge of this recipe; "
+                    f"measured are {', '.join(sorted(measured))}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_listens_with_other_ears(self) -> "AlignConfig":
+        rewarded = {j.model for j in self.judges if isinstance(j, RecogniserConfig)}
+        evaluating = {j.model for j in self.evaluation.judges if isinstance(j, RecogniserConfig)}
+        if rewarded & evaluating:
+            raise ValueError(
+                f"the recogniser {sorted(rewarded & evaluating)} makes rewards and evaluates; "
+                "give evaluation.judges another model"
+            )
+        return self

@@ -19,14 +19,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from speechalign.artifacts import (
-    committed_folder,
-    is_committed,
-    verify_folder,
-    write_json_atomically,
-)
+from speechalign.artifacts import is_committed, verify_folder, write_json_atomically
 from speechalign.config.load import config_hash, dump_yaml
-from speechalign.errors import ConfigError, RunLocked
+from speechalign.errors import ConfigError, DataError, RunLocked
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +29,8 @@ HEARTBEAT_S = 10.0
 STALE_AFTER_S = 60.0
 """A lock of another host without a heartbeat for this long belongs to a dead run."""
 
-Facts = dict[str, Any]
-Produce = Callable[[Path, Facts], None]
-"""Fills the folder it is given; may add to the facts of the manifest."""
+Produce = Callable[[Path], object]
+"""Commits the folder it is given (`artifacts.committed_folder`), as its last act."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +53,11 @@ class RunDirectory:
             return folder
         started_s = time.monotonic()
         logger.info("%s: started", name)
-        facts: Facts = {"config_hash": self.config_hash}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with committed_folder(folder, facts) as partial:
-            produce(partial, facts)
-            facts["stage_seconds"] = round(time.monotonic() - started_s, 3)
-        logger.info("%s: finished in %.0f s", name, facts["stage_seconds"])
+        produce(folder)
+        if not is_committed(folder):
+            raise DataError(f"stage {name} left no manifest in {folder}; this is a bug, report it")
+        logger.info("%s: finished in %.0f s", name, time.monotonic() - started_s)
         return folder
 
 

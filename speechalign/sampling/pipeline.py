@@ -10,8 +10,10 @@ the one after it sampled. A block is one batch of the first stage: Ray Data's un
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray.exceptions import RayTaskError
 
 from speechalign.artifacts import committed_folder
 from speechalign.config.codec import CodecConfig
@@ -29,7 +32,7 @@ from speechalign.config.sampling import (
     RenderingConfig,
     SamplingConfig,
 )
-from speechalign.errors import ConfigError, DataError
+from speechalign.errors import ConfigError, DataError, SpeechalignError
 from speechalign.rows import QUARANTINE
 from speechalign.sampling.rendering import FAILED
 from speechalign.sampling.stages import RenderStage, SampleStage
@@ -52,6 +55,32 @@ class Stage:
     arguments: Mapping[str, Any]
     """Of its constructor."""
     pool: PoolConfig
+
+
+class ActorFace:
+    """A stage in its actor, whose errors reach the driver as themselves.
+
+    Ray reports an error of an actor's constructor as a dead actor and a page of text, after
+    three attempts; an error of a call keeps its type. So the first call raises both.
+    """
+
+    def __init__(
+        self, stage: Callable[..., Callable[[pa.Table], pa.Table]], arguments: Mapping[str, Any]
+    ) -> None:
+        try:
+            self._stage = stage(**arguments)
+        except SpeechalignError as error:
+            self._stage = error
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Pass a batch through the stage.
+
+        Raises:
+            SpeechalignError: what the constructor or the call of the stage raised.
+        """
+        if isinstance(self._stage, SpeechalignError):
+            raise self._stage
+        return self._stage(batch)
 
 
 def sample_stage(
@@ -124,13 +153,17 @@ def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
     check_resources(stages, ray.cluster_resources())
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
     size = stages[0].pool.batch_size
-    blocks = [table.slice(start, size) for start in range(0, table.num_rows, size)]
+    blocks: list[pa.Table | bytes] = [
+        table.slice(start, size) for start in range(0, table.num_rows, size)
+    ]
     dataset = ray.data.from_arrow(blocks)
     for stage in stages:
+        face = type(stage.stage.__name__, (ActorFace,), {})  # Ray shows the name of the class
         dataset = dataset.map_batches(
-            stage.stage,
-            fn_constructor_kwargs=dict(stage.arguments),
+            face,
+            fn_constructor_kwargs={"stage": stage.stage, "arguments": dict(stage.arguments)},
             compute=ray.data.ActorPoolStrategy(size=stage.pool.num_actors),
             batch_size=stage.pool.batch_size,
             batch_format="pyarrow",
@@ -169,8 +202,9 @@ def sample_and_judge(
     dataset = stream(table, stages)
     with committed_folder(folder, facts) as partial:
         tally = _Tally([] if quarantine is None else quarantine.to_pylist())
-        batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-        _write(map(tally.admit, batches), partial / SCORED, keep_audio=keep_audio)
+        batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        with _errors_of_actors():
+            _write(map(tally.admit, batches), partial / SCORED, keep_audio=keep_audio)
         dropped = pa.Table.from_pylist(tally.dropped, schema=QUARANTINE)
         pq.write_table(dropped, partial / QUARANTINED)
         if not tally.counts["rows"]:
@@ -201,7 +235,8 @@ class _Tally:
                 self.seconds[name] += _sum(batch[name])
         if "judge_errors" in batch.column_names:
             batch = self._hold_back(batch)
-            self.counts["empty"] += _sum(pc.equal(pc.binary_length(batch["waveform_pcm"]), 0))
+            lengths: Any = pc.binary_length(batch["waveform_pcm"])
+            self.counts["empty"] += _sum(pc.equal(lengths, pa.scalar(0, lengths.type)))
         self.counts["rows"] += batch.num_rows
         self.counts["truncated"] += _sum(batch["is_truncated"])
         self.counts["tokens"] += _sum(pc.list_value_length(batch["token_ids"]))
@@ -233,19 +268,32 @@ class _Tally:
         }
 
 
-def _sum(column: pa.ChunkedArray) -> Any:
+@contextmanager
+def _errors_of_actors() -> Generator[None]:
+    """Raise what a stage raised, without Ray's wrapping and its call to report a bug of Ray."""
+    logger = logging.getLogger("ray.data.exceptions")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, SpeechalignError):
+            raise error.cause from None
+        raise
+    finally:
+        logger.setLevel(level)
+
+
+def _sum(column: Any) -> Any:
     return pc.sum(column).as_py() or 0
 
 
 def _write(tables: Iterator[pa.Table], path: Path, *, keep_audio: bool) -> None:
-    writer: pq.ParquetWriter | None = None
-    try:
-        for table in tables:
-            if not keep_audio:
-                table = table.drop_columns([c for c in AUDIO_COLUMNS if c in table.column_names])
-            if writer is None:
-                writer = pq.ParquetWriter(path, table.schema)
-            writer.write_table(table.cast(writer.schema))
-    finally:
-        if writer is not None:
-            writer.close()
+    first = next(tables, None)
+    if first is None:
+        return
+    dropped = [] if keep_audio else [name for name in AUDIO_COLUMNS if name in first.column_names]
+    schema = first.drop_columns(dropped).schema
+    with pq.ParquetWriter(path, schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table.select(schema.names).cast(schema))

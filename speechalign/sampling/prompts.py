@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from speechalign.config.sampling import PromptsConfig
 from speechalign.errors import DataError, UnspeakableText
@@ -143,15 +142,17 @@ def check_fingerprint(found: str, expected: str, of: str) -> None:
 
 
 def _matching_clips(golden: pa.Table, config: PromptsConfig) -> list[tuple[int, _Clip]]:
-    mask = pc.equal(golden["split"], config.split)
     filters = (
-        ("kind", config.kinds), ("source", config.sources), ("speaker_id", config.speakers),
-    )  # fmt: skip
+        ("split", (config.split,)),
+        ("kind", config.kinds),
+        ("source", config.sources),
+        ("speaker_id", config.speakers),
+    )
+    is_wanted = np.ones(golden.num_rows, dtype=bool)
     for column, allowed in filters:
         if allowed:
-            wanted = pa.array(allowed, pa.string())
-            mask = pc.and_(mask, pc.is_in(golden[column], value_set=wanted))
-    indices = np.flatnonzero(mask.to_numpy()).tolist()
+            is_wanted &= np.isin(np.asarray(golden[column].to_pylist(), str), allowed)
+    indices = np.flatnonzero(is_wanted).tolist()
     clips = golden.select(list(_CLIP_COLUMNS)).take(pa.array(indices, pa.int64())).to_pylist()
     return list(zip(indices, clips, strict=True))
 

@@ -5,6 +5,7 @@ Each is a plain class: tests call it directly, Ray Data makes actors of it.
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -128,7 +129,7 @@ class RenderStage:
             DataError: a sample is of another codec.
         """
         started = time.perf_counter()
-        for fingerprint in set(batch["codec_fingerprint"].to_pylist()):
+        for fingerprint in sorted({str(value) for value in batch["codec_fingerprint"].to_pylist()}):
             check_fingerprint(fingerprint, self._codec.fingerprint, "the codec")
         names = ["token_ids", "speaker_codes", "golden_codes", "num_codebooks"]
         answers = [_answer(row) for row in batch.select(names).to_pylist()]
@@ -168,6 +169,6 @@ def _answer(row: Row) -> Answer:
     )
 
 
-def _with_seconds(table: pa.Table, field: pa.Field, seconds: float) -> pa.Table:
+def _with_seconds(table: pa.Table, field: "pa.Field[Any]", seconds: float) -> pa.Table:
     share = seconds / max(table.num_rows, 1)
     return table.append_column(field, pa.array([share] * table.num_rows, pa.float32()))

@@ -166,6 +166,12 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
 def global_sum(value: Tensor) -> Tensor:
     """Return the sum over all ranks of a detached value."""
     total = value.detach().clone()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol, assert_never
 
 import torch
-import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from speechalign.config.training import SftArConfig, SftConfig, SftNarConfig
 from speechalign.errors import Diverged
 from speechalign.seeds import derive_seed
 from speechalign.training.collate import rows_of_rank
-from speechalign.training.engine import Engine, global_mean, global_sum, world
+from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
 from speechalign.training.metrics import MetricsWriter
 
@@ -112,7 +111,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         if world()[0] == 0:
             facts = {"config_hash": config_hash(config), "num_steps": config.num_steps}
             task.save(config.output, model, facts)
-    _barrier()
+    barrier()
 
 
 class _Loop:
@@ -184,14 +183,9 @@ def save_checkpoint(engine: Engine, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     if rank == 0:
         partial_folder(folder)
-    _barrier()
+    barrier()
     engine.save(partial)
-    _barrier()
+    barrier()
     if rank == 0:
         commit_folder(partial, folder, {"step_index": engine.step_index})
-    _barrier()
-
-
-def _barrier() -> None:
-    if world()[1] > 1:
-        dist.barrier()
+    barrier()

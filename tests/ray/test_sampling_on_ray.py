@@ -46,7 +46,8 @@ class LengthJudge:
     """Seconds of sound, in place of a model that listens."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        seconds = [len(pcm) / 2 / 16_000 for pcm in batch["waveform_pcm"].to_pylist()]
+        sounds: list[Any] = batch["waveform_pcm"].to_pylist()
+        seconds = [len(pcm) / 2 / 16_000 for pcm in sounds]
         batch = batch.append_column("length", pa.array(seconds, pa.float32()))
         return batch.append_column("judge_seconds", pa.array([0.5] * len(batch), pa.float32()))
 
@@ -61,7 +62,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = EmbeddedModelConfig(hidden_dim=16, latent_dim=8, post_dim=8, codebook_size=16)
+    config = EmbeddedModelConfig(hidden_dim=16, latent_dim=8, post_dim=8, codebook_size=48)
     folder = tmp_path_factory.mktemp("codec") / "codec"
     save_embedded(EmbeddedModel(config), folder)
     return folder
@@ -75,8 +76,8 @@ def some_prompts(fingerprint: str) -> list[Prompt]:
             text="ab",
             phonemes="ab",
             speaker_id="s0",
-            speaker_codes_KT=rng.integers(0, 16, (8, 10)).astype(np.int16),
-            golden_codes_KT=rng.integers(0, 16, (8, 25)).astype(np.int16),
+            speaker_codes_KT=rng.integers(0, 48, (8, 10)).astype(np.int16),
+            golden_codes_KT=rng.integers(0, 48, (8, 25)).astype(np.int16),
             codec_fingerprint=fingerprint,
         )
         for index in range(NUM_PROMPTS)
@@ -86,14 +87,14 @@ def some_prompts(fingerprint: str) -> list[Prompt]:
 def some_stages(root: Path, codec_folder: Path, *, nar_fingerprint: str | None = None) -> Any:
     torch.manual_seed(0)
     codec = EmbeddedCodec.load(codec_folder)
-    vocabulary = Vocabulary(symbols="ab", num_codebooks=1, codebook_size=16)
+    vocabulary = Vocabulary(symbols="ab", num_codebooks=1, codebook_size=48)
     facts = {"codec_fingerprint": codec.fingerprint, "policy_version": 4, "prefix_frames": 3}
     ar = build_ar(ArConfig(hidden_size=64, num_layers=1, num_heads=2), vocabulary)
     save_ar(root / "ar", ar, vocabulary, facts)
     nar_config = NarConfig(hidden_size=16, dilations=(1,), num_levels=3, speaker_frames=10)
-    nar = NarModel(nar_config, num_codebooks=8, codebook_size=16)
+    nar = NarModel(nar_config, num_codebooks=8, codebook_size=48)
     save_nar(root / "nar", nar, {"codec_fingerprint": nar_fingerprint or codec.fingerprint})
-    sampling = SamplingConfig(samples_per_prompt=2, max_new_tokens=12)
+    sampling = SamplingConfig(samples_per_prompt=2, max_new_tokens=4)
     engine = TransformersConfig(max_model_len=64)
     rendering = RenderingConfig(num_levels=3)
     codec_config = EmbeddedCodecConfig(path=codec_folder)
@@ -122,11 +123,13 @@ def test_prompts_become_judged_samples_in_one_committed_folder(
     assert set(rows["policy_version"].to_pylist()) == {4}
     assert set(rows["judge_errors"].to_pylist()) == {""}
     for row in rows.to_pylist():
-        num_codes = sum(token >= 8 for token in row["token_ids"])
-        assert row["length"] == 0 or row["length"] == pytest.approx(num_codes / 50)
+        codes = row["token_ids"][: None if row["is_truncated"] else -1]
+        is_speech = all(8 <= token < 8 + 48 for token in codes)
+        assert row["length"] == pytest.approx(len(codes) / 50 if is_speech else 0)
         assert row["golden_duration_s"] == 0.5
         assert len(row["reference_pcm"]) == 2 * 10 * 320
     assert (facts["num_rows"], facts["num_dropped"]) == (2 * NUM_PROMPTS, 1)
+    assert 0 < facts["num_empty"] < facts["num_rows"]
     assert facts["stage_seconds"]["judge"] == 0.5 * facts["num_rows"]
     assert facts["stage_seconds"]["sample"] > 0
     assert pq.read_table(scored / "quarantine.parquet").to_pylist() == dropped.to_pylist()

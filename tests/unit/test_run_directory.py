@@ -6,26 +6,27 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from speechalign.artifacts import committed_folder
 from speechalign.config.base import Config
-from speechalign.errors import ConfigError, CorruptArtifact, RunLocked
-from speechalign.pipeline.run_directory import Facts, open_run
+from speechalign.errors import ConfigError, CorruptArtifact, DataError, RunLocked
+from speechalign.pipeline.run_directory import open_run
 
 
 class Told(Config):
     beta: float = Field(default=0.1)
 
 
-def write_number(folder: Path, facts: Facts) -> None:
-    (folder / "number").write_text("7")
-    facts["count"] = 1
+def write_number(folder: Path) -> None:
+    with committed_folder(folder, {}) as partial:
+        (partial / "number").write_text("7")
 
 
 def test_a_finished_stage_is_never_redone(tmp_path: Path):
     calls: list[int] = []
 
-    def produce(folder: Path, facts: Facts) -> None:
+    def produce(folder: Path) -> None:
         calls.append(1)
-        write_number(folder, facts)
+        write_number(folder)
 
     for _ in range(2):
         with open_run(tmp_path / "run", Told()) as run:
@@ -34,9 +35,10 @@ def test_a_finished_stage_is_never_redone(tmp_path: Path):
 
 
 def test_a_half_written_stage_leaves_nothing_that_looks_finished(tmp_path: Path):
-    def die(folder: Path, facts: Facts) -> None:
-        write_number(folder, facts)
-        raise RuntimeError("power cut")
+    def die(folder: Path) -> None:
+        with committed_folder(folder, {}) as partial:
+            (partial / "number").write_text("7")
+            raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError), open_run(tmp_path, Told()) as run:
         run.stage("pairs", die)
@@ -44,6 +46,11 @@ def test_a_half_written_stage_leaves_nothing_that_looks_finished(tmp_path: Path)
         assert not (tmp_path / "pairs").exists()
         run.stage("pairs", write_number)
     assert (tmp_path / "pairs" / "manifest.json").exists()
+
+
+def test_a_stage_that_commits_nothing_is_not_finished(tmp_path: Path):
+    with open_run(tmp_path, Told()) as run, pytest.raises(DataError, match="no manifest"):
+        run.stage("pairs", lambda folder: folder.mkdir())
 
 
 def test_a_flipped_bit_in_a_finished_stage_is_noticed(tmp_path: Path):

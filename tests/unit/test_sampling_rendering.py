@@ -44,7 +44,10 @@ class CountingFiller:
         num_levels: int,
     ) -> list[NDArray[np.int64]]:
         assert len(level1s) == len(speakers_KT)
-        return [np.stack([codes_T + k for k in range(num_levels)]) for codes_T in level1s]
+        return [
+            np.stack([codes_T.astype(np.int64) + k for k in range(num_levels)])
+            for codes_T in level1s
+        ]
 
 
 def an_answer(*codes: int, voice: int = 1, end: tuple[int, ...] = (EOS_ID,)) -> Answer:

@@ -1,0 +1,33 @@
+"""How a policy is measured."""
+
+from pydantic import Field
+
+from speechalign.config.base import Config
+from speechalign.config.judges import (
+    DistillMosConfig,
+    DnsMosConfig,
+    JudgeConfig,
+    RecogniserConfig,
+    SignalConfig,
+    SpeakerConfig,
+)
+from speechalign.config.sampling import PromptsConfig
+
+
+class EvaluationConfig(Config):
+    """Held-out prompts, and judges of which at least one made no reward."""
+
+    prompts: PromptsConfig = PromptsConfig(split="heldout", num_prompts=200)
+    judges: tuple[JudgeConfig, ...] = (
+        RecogniserConfig(model="base", role="eval"),
+        SpeakerConfig(),
+        DistillMosConfig(),
+        DnsMosConfig(),
+        SignalConfig(),
+    )
+    num_ceiling_prompts: int = Field(default=100, gt=0)
+    """Of the held-out prompts, those whose recordings measure the ceiling."""
+    num_resamples: int = Field(default=1000, gt=0)
+    """Of the bootstrap."""
+    num_players: int = Field(default=8, gt=0)
+    """Prompts whose sound is in the report."""

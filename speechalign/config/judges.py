@@ -1,0 +1,99 @@
+"""Which models listen, and how the rewards are made of what they say."""
+
+from typing import Annotated, Literal, TypeAlias, assert_never
+
+from pydantic import Field
+
+from speechalign.config.base import Config
+from speechalign.config.sampling import PoolConfig
+
+
+class JudgeBase(Config):
+    """What every judge can be told."""
+
+    num_threads: int = Field(default=1, gt=0)
+    pool: PoolConfig = PoolConfig(num_cpus=0.25, batch_size=32)
+
+
+class RecogniserConfig(JudgeBase):
+    """Speech recognition: what was said, against what should have been.
+
+    Measures: `<role>_wer`, `<role>_cer`, `<role>_word_errors`, `<role>_words`.
+    """
+
+    kind: Literal["recogniser"] = "recogniser"
+    model: Literal["tiny.en", "base"] = "tiny.en"
+    role: Literal["reward", "eval"] = "reward"
+    """The evaluation's recogniser must be another than the reward's."""
+    beam_size: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=12, gt=0)
+
+
+class SpeakerConfig(JudgeBase):
+    """Cosine between the voice of a clip and that of its speaker prompt: `speaker_similarity`."""
+
+    kind: Literal["speaker"] = "speaker"
+
+
+class DistillMosConfig(JudgeBase):
+    """Predicted mean opinion score, DistillMOS: `distillmos`, about 1 to 5."""
+
+    kind: Literal["distillmos"] = "distillmos"
+
+
+class DnsMosConfig(JudgeBase):
+    """Predicted mean opinion score, DNSMOS overall: `dnsmos`, about 1 to 5."""
+
+    kind: Literal["dnsmos"] = "dnsmos"
+
+
+class SignalConfig(JudgeBase):
+    """What the waveform alone tells: `duration_ratio`, `silence_ratio`."""
+
+    kind: Literal["signal"] = "signal"
+
+
+JudgeConfig: TypeAlias = Annotated[
+    RecogniserConfig | SpeakerConfig | DistillMosConfig | DnsMosConfig | SignalConfig,
+    Field(discriminator="kind"),
+]
+
+
+def judge_name(config: JudgeConfig) -> str:
+    """Return the name of the judge without loading its model."""
+    return f"{config.role}_recogniser" if isinstance(config, RecogniserConfig) else config.kind
+
+
+def judge_measures(config: JudgeConfig) -> tuple[str, ...]:
+    """Return the columns that a judge writes, without loading its model."""
+    match config:
+        case RecogniserConfig():
+            suffixes = ("wer", "cer", "word_errors", "words")
+            return tuple(f"{config.role}_{suffix}" for suffix in suffixes)
+        case SpeakerConfig():
+            return ("speaker_similarity",)
+        case SignalConfig():
+            return ("duration_ratio", "silence_ratio")
+        case DistillMosConfig() | DnsMosConfig():
+            return (config.kind,)
+        case _:
+            assert_never(config)
+
+
+class RewardTermConfig(Config):
+    """One measure's part of the reward."""
+
+    measure: str
+    """A column that some judge writes, e.g. `reward_wer`."""
+    weight: float
+    """Negative for a measure of which less is better."""
+    highest: float | None = None
+    """Larger values count as this: a word error rate above 1 is no worse than 1."""
+
+
+class RewardConfig(Config):
+    """A weighted sum of measures."""
+
+    terms: tuple[RewardTermConfig, ...] = Field(min_length=1)
+    failure_budget: float = Field(default=0.05, ge=0, le=1)
+    """The share of samples that may have no reward before the run stops."""

@@ -1,0 +1,98 @@
+"""One HTML file that opens offline: the table, the plots, and the sound of before and after."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import soundfile as sf
+
+from speechalign.evaluation.plots import metric_over_iterations, time_split, training_curves
+from speechalign.evaluation.statistics import Estimate
+from speechalign.evaluation.summary import METRICS, Summary, table_rows
+from speechalign.rows import waveform_from_pcm
+
+TEMPLATE = "report.html.j2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Player:
+    """One sound of the page."""
+
+    label: str
+    pcm: bytes
+    sample_rate_hz: int
+    note: str
+    """What the evaluation measured of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """The sounds of one prompt."""
+
+    text: str
+    speaker_id: str
+    players: tuple[Player, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportInputs:
+    """Everything that a report shows; a run directory has all of it."""
+
+    title: str
+    facts: Mapping[str, str]
+    """What was run, on what."""
+    ceilings: Sequence[Summary]
+    """Systems that no policy is part of."""
+    iterations: Sequence[Summary]
+    """The policy before, and after each iteration."""
+    difference: Mapping[str, Estimate]
+    trainings: Sequence[tuple[str, Sequence[Mapping[str, float]]]]
+    """Title and metrics of each preference training."""
+    stage_seconds: Mapping[str, float]
+    listening: Sequence[Listening]
+
+
+def write_report(inputs: ReportInputs, path: Path) -> None:
+    """Write the page, whole or not at all."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    source = (files("speechalign.evaluation") / TEMPLATE).read_text()
+    page = environment.from_string(source).render(
+        title=inputs.title,
+        facts=inputs.facts,
+        table=table_rows([*inputs.ceilings, *inputs.iterations], inputs.difference),
+        metric_plots=_metric_plots(inputs.iterations),
+        training_plots=[training_curves(rows, title) for title, rows in inputs.trainings],
+        time_plot=time_split(inputs.stage_seconds) if inputs.stage_seconds else "",
+        listening=[_for_page(item) for item in inputs.listening],
+    )
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(page)
+    partial.replace(path)
+
+
+def _metric_plots(iterations: Sequence[Summary]) -> list[str]:
+    plots: list[str] = []
+    for metric in METRICS:
+        estimates = [summary.estimates.get(metric.key) for summary in iterations]
+        values = [(e.value, e.low, e.high) for e in estimates if e is not None]
+        if len(values) == len(iterations):
+            plots.append(metric_over_iterations([s.name for s in iterations], values, metric.label))
+    return plots
+
+
+def _for_page(item: Listening) -> dict[str, object]:
+    players = [
+        {"label": player.label, "note": player.note, "source": _data_url(player)}
+        for player in item.players
+    ]
+    return {"text": item.text, "speaker": item.speaker_id, "players": players}
+
+
+def _data_url(player: Player) -> str:
+    buffer = io.BytesIO()
+    sf.write(buffer, waveform_from_pcm(player.pcm), player.sample_rate_hz, format="FLAC")
+    return "data:audio/flac;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,65 @@
+"""Estimates with bootstrap intervals. Pure numpy.
+
+Prompts are what is resampled: the clips of one prompt, before and after, stay together, which
+is what makes a difference paired.
+
+Shapes: P prompts, R resamples.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speechalign.seeds import derive_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+def ratio_estimate(
+    totals_P: NDArray[np.float64], counts_P: NDArray[np.float64], num_resamples: int
+) -> Estimate:
+    """Return sum(totals) / sum(counts): a corpus WER, or a mean when every count is 1."""
+    resampled_R = _resampled_ratio(totals_P, counts_P, num_resamples)
+    return _estimate(totals_P.sum() / counts_P.sum(), resampled_R)
+
+
+def ratio_difference(
+    before: tuple[NDArray[np.float64], NDArray[np.float64]],
+    after: tuple[NDArray[np.float64], NDArray[np.float64]],
+    num_resamples: int,
+) -> Estimate:
+    """Return the paired difference of two ratios over the same prompts, after minus before."""
+    (before_totals_P, before_counts_P), (after_totals_P, after_counts_P) = before, after
+    difference_R = _resampled_ratio(
+        after_totals_P, after_counts_P, num_resamples
+    ) - _resampled_ratio(before_totals_P, before_counts_P, num_resamples)
+    value = after_totals_P.sum() / after_counts_P.sum()
+    value -= before_totals_P.sum() / before_counts_P.sum()
+    return _estimate(value, difference_R)
+
+
+def _resampled_ratio(
+    totals_P: NDArray[np.float64], counts_P: NDArray[np.float64], num_resamples: int
+) -> NDArray[np.float64]:
+    size = len(totals_P)
+    rng = np.random.default_rng(derive_seed("bootstrap", size))  # the same prompts every time
+    picked_RP = rng.integers(0, size, (num_resamples, size))
+    return totals_P[picked_RP].sum(1) / counts_P[picked_RP].sum(1)
+
+
+def _estimate(value: float, resampled_R: NDArray[np.float64]) -> Estimate:
+    low, high = np.quantile(resampled_R, [0.025, 0.975])
+    return Estimate(value=float(value), low=float(low), high=float(high))

@@ -1,0 +1,30 @@
+"""What a judge is: a model that listens to clips and measures them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from speechalign.types import Clip, Unmeasured
+
+Judgement: TypeAlias = Mapping[str, float] | Unmeasured
+"""One value per measure, or why there is none."""
+
+SHORTEST_CLIP_S = 0.1
+"""Nothing shorter can be speech."""
+
+
+class Judge(Protocol):
+    """Measures clips; in order, one judgement each."""
+
+    name: str
+    measures: tuple[str, ...]
+    """The columns of the judgements, in their order."""
+
+    def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
+        """Return one judgement a clip; a clip that cannot be judged is Unmeasured."""
+        ...
+
+
+def is_audible(clip: Clip) -> bool:
+    """Whether there is anything to listen to."""
+    long_enough = len(clip.waveform_N) >= SHORTEST_CLIP_S * clip.sample_rate_hz
+    return long_enough and bool(abs(clip.waveform_N).max() > 1e-4)

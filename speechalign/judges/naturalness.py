@@ -1,0 +1,65 @@
+"""How natural it sounds: two predictors of mean opinion scores, unlike each other."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from speechalign.config.judges import DistillMosConfig, DnsMosConfig
+from speechalign.judges.base import Judgement, is_audible
+from speechalign.judges.whisper import SAMPLE_RATE_HZ, at_16_khz
+from speechalign.judges.without_torchaudio import ensure_torchaudio
+from speechalign.types import Clip, Unmeasured
+
+SHORTEST_CLIP_S = 0.4
+
+
+class DistillMos:
+    """DistillMOS (Stahl and Gamper 2025): one score a clip, no reference."""
+
+    name = "distillmos"
+    measures = ("distillmos",)
+
+    def __init__(self, config: DistillMosConfig) -> None:
+        ensure_torchaudio()
+        import distillmos
+        import torch
+
+        torch.set_num_threads(config.num_threads)
+        self._torch = torch
+        self._model = distillmos.ConvTransformerSQAModel().eval()
+
+    def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
+        """Return scores, one clip at a time: padding in a batch would be heard."""
+        return [self._judge(clip) for clip in clips]
+
+    def _judge(self, clip: Clip) -> Judgement:
+        if not _is_long_enough(clip):
+            return Unmeasured(f"distillmos: shorter than {SHORTEST_CLIP_S} s, or silent")
+        with self._torch.no_grad():
+            wave_1N = self._torch.from_numpy(np.array(at_16_khz(clip)))[None]
+            return {"distillmos": float(self._model(wave_1N))}
+
+
+class DnsMos:
+    """DNSMOS P.835 overall (Reddy et al. 2022): made for noise, a second opinion here."""
+
+    name = "dnsmos"
+    measures = ("dnsmos",)
+
+    def __init__(self, config: DnsMosConfig) -> None:
+        from speechmos import dnsmos
+
+        self._run = dnsmos.run
+
+    def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
+        """Return scores."""
+        return [self._judge(clip) for clip in clips]
+
+    def _judge(self, clip: Clip) -> Judgement:
+        if not _is_long_enough(clip):
+            return Unmeasured(f"dnsmos: shorter than {SHORTEST_CLIP_S} s, or silent")
+        return {"dnsmos": float(self._run(at_16_khz(clip).clip(-1, 1), SAMPLE_RATE_HZ)["ovrl_mos"])}
+
+
+def _is_long_enough(clip: Clip) -> bool:
+    return is_audible(clip) and len(clip.waveform_N) >= SHORTEST_CLIP_S * clip.sample_rate_hz

@@ -1,0 +1,111 @@
+"""The main job: one iteration after another, every stage committed before the next.
+
+    prompts -> iteration-1: samples | scored -> pairs -> policy -> evaluation -> iteration-2 ...
+                                                                              -> report.html
+
+Which stage comes next is decided here and nowhere else.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from speechalign.artifacts import is_committed
+from speechalign.config.align import AlignConfig
+from speechalign.pipeline.cluster import connected
+from speechalign.pipeline.evaluate import evaluate_ceiling, evaluate_policy, resynthesise
+from speechalign.pipeline.pair import write_pairs
+from speechalign.pipeline.preflight import check_run
+from speechalign.pipeline.report import write_run_report
+from speechalign.pipeline.run_directory import RunDirectory, open_run
+from speechalign.pipeline.sample import write_prompts, write_samples, write_scored
+from speechalign.training.dpo import DpoPaths, train_dpo
+
+logger = logging.getLogger(__name__)
+
+StageName: TypeAlias = Literal["samples", "scored", "pairs", "policy", "evaluation", "report"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a command did, in words."""
+
+    text: str
+    folder: Path
+
+
+def run_align(config: AlignConfig, *, until: StageName = "report") -> Outcome:
+    """Run every stage that is not finished, up to one of the next unfinished iteration.
+
+    Raises:
+        ConfigError: the run could never have worked; raised before the first actor starts.
+        RunLocked: another process holds the run directory.
+        DataError, BudgetExceeded, LogprobMismatch, Diverged: what a stage found.
+    """
+    check_run(config)
+    with open_run(config.run_dir, config) as run, connected():
+        run.stage("prompts", lambda folder: write_prompts(config, folder))
+        for number in range(1, config.pipeline.iterations + 1):
+            iteration = Iteration(config, run, number)
+            stopped = iteration.run(until)
+            if stopped is not None:
+                return Outcome(text=f"{until}: {stopped}", folder=stopped)
+        run.stage("ceiling", lambda folder: evaluate_ceiling(config, folder))
+        run.stage("reference", lambda folder: resynthesise(config, folder))
+        report = write_run_report(config)
+    text = (config.run_dir / "result.txt").read_text()
+    return Outcome(text=f"{text}\nreport: {report}", folder=config.run_dir)
+
+
+class Iteration:
+    """One turn of the wheel: a policy in, a better policy and its measurements out."""
+
+    def __init__(self, config: AlignConfig, run: RunDirectory, number: int) -> None:
+        self._config, self._run, self._number = config, run, number
+        self.policy_before = policy_after(config, number - 1)
+
+    def run(self, until: StageName) -> Path | None:
+        """Run the stages; return the folder of `until` if it is the one that was produced."""
+        config, name = self._config, f"iteration-{self._number}"
+        stages = {
+            "samples": lambda folder: write_samples(config, self.policy_before, folder),
+            "scored": lambda folder: write_scored(config, self.policy_before, folder),
+            "pairs": lambda folder: write_pairs(config, self._number, folder),
+            "policy": self._train,
+            "evaluation": self._evaluate,
+        }
+        for stage, produce in stages.items():
+            if stage == "samples" and until != "samples":
+                continue  # sampled, rendered and judged in one stream, unless asked otherwise
+            was_finished = is_committed(config.run_dir / name / stage)
+            folder = self._run.stage(f"{name}/{stage}", produce)
+            if stage == until and not was_finished:
+                return folder
+        return None
+
+    def _train(self, folder: Path) -> None:
+        config = self._config
+        start = self._number - 1 if config.pipeline.reference == "previous" else 0
+        paths = DpoPaths(
+            policy=self.policy_before,
+            reference=policy_after(config, start),
+            pairs=config.run_dir / f"iteration-{self._number}" / "pairs",
+            output=folder,
+        )
+        train_dpo(config.training, paths)
+
+    def _evaluate(self, folder: Path) -> None:
+        if self._number == 1:
+            before = self._config.policy
+            self._run.stage(
+                "iteration-0/evaluation", lambda path: evaluate_policy(self._config, before, path)
+            )
+        evaluate_policy(self._config, policy_after(self._config, self._number), folder)
+
+
+def policy_after(config: AlignConfig, iteration: int) -> Path:
+    """Return the policy's folder after an iteration; 0 is the policy of the start."""
+    if iteration == 0:
+        return config.policy
+    return config.run_dir / f"iteration-{iteration}" / "policy"

@@ -1,0 +1,97 @@
+"""Judged samples to the pairs that an iteration trains on."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from speechalign.artifacts import committed_folder, verify_folder
+from speechalign.config.align import AlignConfig
+from speechalign.policy.ar import VOCABULARY
+from speechalign.policy.prompt_format import answer_token_ids
+from speechalign.policy.vocabulary import Vocabulary
+from speechalign.preferences.pairs import make_pairs
+from speechalign.rewards.combine import check_budget, combine
+from speechalign.rows import Row, pairs_to_table, prompts_from_table, scored_from_row
+from speechalign.sampling.pipeline import SCORED
+from speechalign.training.dpo import PAIRS, read_pairs
+from speechalign.training.reference import sampler_difference
+from speechalign.types import Measured, PreferencePair, ScoredSample, Unmeasured
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBED = 16
+"""Samples whose log-probs are computed again by the trainer's model."""
+
+
+def write_pairs(config: AlignConfig, iteration: int, folder: Path) -> None:
+    """Check the sampler against the trainer, reward the samples, pair them.
+
+    Raises:
+        LogprobMismatch: sampler and trainer disagree about the samples.
+        BudgetExceeded: too many samples have no reward.
+        DataError: no pair could be made.
+    """
+    scored_folder = folder.with_name("scored")
+    verify_folder(scored_folder)
+    groups = _groups(config, pq.read_table(scored_folder / SCORED).to_pylist())
+    samples = [scored for group in groups.values() for scored in group]
+    num_missing = check_budget([scored.reward for scored in samples], config.reward)
+    difference = _probe(config, iteration, samples)
+    golden = _golden_answers(config)
+    pairing = make_pairs(groups, golden, config.pairing)
+    earlier = _earlier_pairs(config, iteration)
+    rewards = [s.reward.value for s in samples if isinstance(s.reward, Measured)]
+    facts = pairing.counts() | {
+        "kind": "pairs",
+        "num_samples": len(samples),
+        "num_without_reward": num_missing,
+        "mean_reward": sum(rewards) / max(1, len(rewards)),
+        "max_logprob_difference": difference,
+        "num_earlier_pairs": len(earlier),
+    }
+    with committed_folder(folder, facts) as partial:
+        pq.write_table(pairs_to_table([*earlier, *pairing.pairs]), partial / PAIRS)
+    logger.info("pairs: %s", facts)
+
+
+def _groups(config: AlignConfig, rows: list[Row]) -> Mapping[str, list[ScoredSample]]:
+    measures = sorted({term.measure for term in config.reward.terms})
+    groups: dict[str, list[ScoredSample]] = defaultdict(list)
+    for row in rows:
+        unrewarded = scored_from_row(row, measures, Unmeasured("not combined yet"))
+        reward = combine(unrewarded.measures, config.reward)
+        groups[row["prompt_id"]].append(
+            ScoredSample(sample=unrewarded.sample, measures=unrewarded.measures, reward=reward)
+        )
+    return groups
+
+
+def _probe(config: AlignConfig, iteration: int, samples: list[ScoredSample]) -> float | None:
+    """Return the largest difference of log-probs, or nothing where they differ by design."""
+    sampling = config.sampling
+    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+        logger.info("sampler and trainer are not compared: the sampling is not the plain softmax")
+        return None
+    policy = config.policy
+    if iteration > 1:
+        policy = config.run_dir / f"iteration-{iteration - 1}" / "policy"
+    probed = [scored.sample for scored in samples if scored.sample.token_ids][:NUM_PROBED]
+    return sampler_difference(policy, probed, config.training.max_logprob_difference)
+
+
+def _golden_answers(config: AlignConfig) -> dict[str, tuple[int, ...]]:
+    vocabulary = Vocabulary.load(config.policy / VOCABULARY)
+    prompts = prompts_from_table(pq.read_table(config.run_dir / "prompts" / "train.parquet"))
+    return {
+        prompt.prompt_id: answer_token_ids(vocabulary, prompt.golden_codes_KT) for prompt in prompts
+    }
+
+
+def _earlier_pairs(config: AlignConfig, iteration: int) -> list[PreferencePair]:
+    """Return what the iteration before trained on, which has all before it."""
+    if iteration == 1 or not config.pipeline.keep_earlier_pairs:
+        return []
+    return read_pairs(config.run_dir / f"iteration-{iteration - 1}" / "pairs")

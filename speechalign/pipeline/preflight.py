@@ -1,0 +1,114 @@
+"""What would make a run fail later, found before anything is started."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import soundfile as sf
+
+from speechalign.artifacts import verify_folder
+from speechalign.codec.build import build_codec
+from speechalign.config.align import AlignConfig
+from speechalign.config.judges import RecogniserConfig
+from speechalign.errors import ConfigError, DataError
+from speechalign.judges.whisper import model_folder
+from speechalign.pipeline.cluster import connected
+from speechalign.pipeline.sample import speaking_stages
+from speechalign.policy.nar import load_nar
+from speechalign.rows import GOLDEN, waveform_from_pcm
+from speechalign.sampling.pipeline import check_resources as check_pools
+from speechalign.sampling.pipeline import stream
+from speechalign.sampling.prompts import admit_prompts, build_prompts
+
+
+def check_run(config: AlignConfig) -> None:
+    """Raise for everything about a recipe that can be known without an actor.
+
+    Raises:
+        ConfigError: an artifact, a package or a resource is not there.
+        DataError: artifacts of different codecs meet.
+    """
+    check_artifacts(config)
+    for judge in (*config.judges, *config.evaluation.judges):
+        if isinstance(judge, RecogniserConfig):
+            model_folder(judge.model)
+
+
+def check_artifacts(config: AlignConfig) -> str:
+    """Verify codec, policy, NAR model and golden tokens, and that they are of one codec."""
+    codec = build_codec(config.codec)
+    for name, folder in (("policy", config.policy), ("nar", config.nar)):
+        if not folder.is_dir():
+            raise ConfigError(f"{name} {folder} does not exist; train it with `speechalign sft`")
+        found = verify_folder(folder)["codec_fingerprint"]
+        if found != codec.fingerprint:
+            raise DataError(
+                f"{name} {folder} was trained on codec {found}, this run's codec is "
+                f"{codec.fingerprint}; their codes mean different sounds"
+            )
+    known = load_nar(config.nar).model.config.num_levels
+    if config.rendering.num_levels > known:
+        raise ConfigError(
+            f"rendering.num_levels is {config.rendering.num_levels}, the NAR model {config.nar} "
+            f"knows {known} levels"
+        )
+    num_clips = _check_golden(config.golden, codec.fingerprint)
+    return f"codec {codec.fingerprint}, policy, NAR model, {num_clips} golden clips"
+
+
+def check_resources(config: AlignConfig) -> str:
+    """Start or join Ray and compare what the pools want with what there is."""
+    import ray
+
+    with connected():
+        available = ray.cluster_resources()
+        check_pools(speaking_stages(config, config.policy, config.judges), available)
+        check_pools(speaking_stages(config, config.policy, config.evaluation.judges), available)
+        workers = config.training.workers
+        wanted = workers.num_workers * workers.cpus_per_worker
+        if wanted > available.get("CPU", 0.0):
+            raise ConfigError(
+                f"training wants {wanted:g} CPUs for {workers.num_workers} workers, the cluster "
+                f"has {available.get('CPU', 0.0):g}; lower training.workers.num_workers"
+            )
+        return f"{available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs are enough"
+
+
+def say_something(config: AlignConfig, path: Path) -> str:
+    """Let the policy say one held-out sentence and write it to a file."""
+    golden = ds.dataset(config.golden, schema=GOLDEN).to_table()
+    one = config.evaluation.prompts.model_copy(update={"num_prompts": 1})
+    prompts = build_prompts(golden, one, seed=config.seed)
+    from speechalign.policy.ar import VOCABULARY
+    from speechalign.policy.vocabulary import Vocabulary
+
+    facts = verify_folder(config.policy)
+    vocabulary = Vocabulary.load(config.policy / VOCABULARY)
+    admitted = admit_prompts(prompts, vocabulary, facts, max_prompt_tokens=10_000)
+    with connected():
+        stages = speaking_stages(config, config.policy, ())
+        (row, *_) = stream(admitted.prompts, stages).take_all()
+    wave_N = waveform_from_pcm(row["waveform_pcm"])
+    sf.write(path, wave_N, row["sample_rate_hz"])
+    loudness = float(np.abs(wave_N).max()) if len(wave_N) else 0.0
+    if not loudness:
+        raise DataError("the policy said nothing; is it trained?")
+    return f"said {prompts[0].text!r} in {len(wave_N) / row['sample_rate_hz']:.1f} s: {path}"
+
+
+def _check_golden(path: Path, fingerprint: str) -> int:
+    if not path.exists():
+        raise ConfigError(f"golden tokens {path} do not exist; make them: `speechalign prepare`")
+    try:
+        column: pa.ChunkedArray = ds.dataset(path).to_table(columns=["codec_fingerprint"])[0]
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise ConfigError(f"{path} does not hold golden tokens: {error}") from None
+    others = [value for value in pc.unique(column).to_pylist() if value != fingerprint]
+    if others:
+        raise DataError(
+            f"{path} has clips of codec {others[0]}, this run's codec is {fingerprint}; prepare "
+            "the data again with this codec, or set codec to the one it was prepared with"
+        )
+    return len(column)

