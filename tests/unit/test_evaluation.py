@@ -1,0 +1,108 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
+from speechalign.evaluation.statistics import Estimate, ratio_difference, ratio_estimate
+from speechalign.evaluation.summary import (
+    Summary,
+    compare,
+    markdown_table,
+    summarise,
+    table_rows,
+    text_table,
+)
+
+
+def judged(errors: list[float | None], *, truncated: int = 0) -> pa.Table:
+    count = len(errors)
+    return pa.table(
+        {
+            "prompt_id": [f"p{i}" for i in range(count)],
+            "is_truncated": [i < truncated for i in range(count)],
+            "eval_word_errors": pa.array(errors, pa.float32()),
+            "eval_words": pa.array([4.0] * count, pa.float32()),
+        }
+    )
+
+
+def test_a_corpus_error_rate_is_all_errors_over_all_words():
+    estimate = ratio_estimate(np.array([1.0, 0.0]), np.array([1.0, 9.0]), 100)
+    assert estimate.value == pytest.approx(0.1)  # the mean of the clips' rates would be 0.5
+    assert estimate.low <= 0.1 <= estimate.high
+
+
+def test_an_interval_of_equal_clips_has_no_width():
+    estimate = ratio_estimate(np.full(20, 0.5), np.ones(20), 50)
+    assert (estimate.low, estimate.high) == (0.5, 0.5)
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        values = rng.normal(3.0, 1.0, 60)
+        estimate = ratio_estimate(values, np.ones(60), 300)
+        covered += estimate.low <= 3.0 <= estimate.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_a_paired_difference_is_sharper_than_its_sides():
+    rng = np.random.default_rng(1)
+    before = rng.normal(0.0, 5.0, 100)
+    after = before - 0.5
+    difference = ratio_difference((before, np.ones(100)), (after, np.ones(100)), 200)
+    assert difference.value == pytest.approx(-0.5)
+    assert difference.high == pytest.approx(-0.5)
+    assert difference.excludes_zero
+
+
+def test_a_failed_judgement_is_counted_and_never_a_zero():
+    summary = summarise("before", judged([4.0, None, 0.0, 4.0], truncated=1), 50)
+    assert summary.estimates["wer"].value == pytest.approx(8 / 12)
+    assert (summary.num_prompts, summary.missing["wer"]) == (4, 1)
+    assert summary.estimates["stop"].value == pytest.approx(0.75)
+    assert "sim" not in summary.estimates
+
+
+def test_before_and_after_are_compared_on_the_prompts_that_both_have():
+    difference = compare(judged([4.0, 4.0, None]), judged([2.0, None, 4.0]), 50)
+    assert difference["wer"].value == pytest.approx(-0.5)
+
+
+def test_a_summary_survives_json():
+    summary = summarise("before", judged([1.0, 2.0]), 20)
+    assert Summary.from_json(summary.to_json()) == summary
+
+
+def test_the_table_says_what_was_not_measured():
+    full = summarise("a", judged([1.0, 1.0]), 20)
+    empty = Summary(name="b", num_prompts=2, estimates={}, missing={})
+    rows = table_rows([full, empty], {"wer": Estimate(value=-0.1, low=-0.2, high=0.0)})
+    assert rows[1] == ["a", "2", "25.0 [25.0, 25.0]", "100.0 [100.0, 100.0]"]
+    assert rows[2][2] == "not measured"
+    assert rows[3] == ["difference (paired)", "", "-10.0 [-20.0, +0.0]", "not measured"]
+    assert markdown_table([full], {}).splitlines()[1] == "|---|---|---|---|"
+    assert text_table([full], {}).splitlines()[0].startswith("system  prompts  WER %")
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):  # noqa: ANN001
+    player = Player(label="before", pcm=b"\x00\x10" * 1600, sample_rate_hz=16000, note="WER 7 %")
+    summary = summarise("before", judged([1.0, 2.0]), 20)
+    inputs = ReportInputs(
+        title="A <run>",
+        facts={"config": "abc"},
+        ceilings=[],
+        iterations=[summary, summary],
+        difference={},
+        trainings=[("DPO", [{"step": 1, "loss": 0.7, "margin": 0.0, "accuracy": 0.5}])],
+        stage_seconds={"sample": 3.0},
+        listening=[Listening(text="the dog & cat", speaker_id="s", players=(player,))],
+    )
+    write_report(inputs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "A &lt;run&gt;" in page
+    assert "the dog &amp; cat" in page
+    assert page.count("<svg") == 4
+    assert "data:audio/flac;base64," in page
+    assert "src=\"http" not in page

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from speechalign.config.judges import RecogniserConfig, SignalConfig, judge_measures, judge_name
+from speechalign.judges.build import build_judge
+from speechalign.judges.signal import silence_ratio
+from speechalign.judges.words import normalise, word_errors
+from speechalign.types import Clip, Unmeasured
+
+
+def a_clip(waveform_N: np.ndarray, golden_duration_s: float = 1.0) -> Clip:
+    return Clip(
+        sample_id="p0/0",
+        text="the dog slept",
+        waveform_N=waveform_N.astype(np.float32),
+        reference_waveform_N=waveform_N.astype(np.float32),
+        sample_rate_hz=16000,
+        golden_duration_s=golden_duration_s,
+    )
+
+
+def test_texts_are_compared_as_words():
+    assert normalise("The TWENTY-one  dogs, didn\u2019t sleep!") == "the twenty one dogs didn't sleep"
+    assert normalise("7 apples and 42 pears, 365 days") == (
+        "seven apples and forty two pears 365 days"
+    )
+
+
+@pytest.mark.parametrize(
+    ("heard", "wer", "errors"),
+    [
+        ("The dog slept.", 0.0, 0),
+        ("the cat slept", 1 / 3, 1),
+        ("the dog", 1 / 3, 1),
+        ("", 1.0, 3),
+        ("the dog slept and slept and slept", 4 / 3, 4),
+    ],
+)
+def test_word_errors_by_hand(heard: str, wer: float, errors: int):
+    found = word_errors("The dog slept", heard)
+    assert found.wer == pytest.approx(wer)
+    assert (found.word_errors, found.words) == (errors, 3)
+
+
+def test_half_of_a_clip_can_be_silent():
+    loud = np.sin(np.arange(8000))
+    assert silence_ratio(a_clip(np.concatenate([loud, np.zeros(8000)]))) == pytest.approx(0.5)
+    assert silence_ratio(a_clip(np.zeros(16000))) == 1.0
+
+
+def test_durations_are_compared_with_the_recording():
+    judge = build_judge(SignalConfig())
+    (measured, unknown) = judge.judge(
+        [a_clip(np.ones(8000)), a_clip(np.ones(8000), golden_duration_s=0.0)]
+    )
+    assert not isinstance(measured, Unmeasured)
+    assert measured["duration_ratio"] == pytest.approx(0.5)
+    assert isinstance(unknown, Unmeasured)
+
+
+def test_the_names_of_a_judge_are_known_without_its_model():
+    config = RecogniserConfig(model="base", role="eval")
+    assert judge_name(config) == "eval_recogniser"
+    assert judge_measures(config)[0] == "eval_wer"
+    assert judge_measures(SignalConfig()) == build_judge(SignalConfig()).measures

@@ -1,0 +1,73 @@
+import pyarrow as pa
+import pytest
+
+from speechalign.config.judges import RewardConfig, RewardTermConfig, SignalConfig
+from speechalign.errors import BudgetExceeded
+from speechalign.judges.base import Judgement
+from speechalign.rewards.combine import check_budget, combine
+from speechalign.rewards.stage import JudgeStage
+from speechalign.types import Clip, Measured, Unmeasured
+
+CONFIG = RewardConfig(
+    terms=(
+        RewardTermConfig(measure="wer", weight=-1.0, highest=1.0),
+        RewardTermConfig(measure="sim", weight=0.5),
+    ),
+    failure_budget=0.25,
+)
+
+
+def test_the_reward_is_the_weighted_sum_of_its_terms():
+    assert combine({"wer": Measured(0.25), "sim": Measured(1.0)}, CONFIG) == Measured(0.25)
+
+
+def test_a_word_error_rate_above_one_counts_as_one():
+    assert combine({"wer": Measured(7.0), "sim": Measured(0.0)}, CONFIG) == Measured(-1.0)
+
+
+def test_without_one_of_its_terms_there_is_no_reward():
+    reward = combine({"wer": Measured(0.0), "sim": Unmeasured("too short")}, CONFIG)
+    assert reward == Unmeasured("sim: too short")
+
+
+def test_missing_rewards_are_counted_up_to_the_budget_and_stop_the_run_above_it():
+    rewards = [Measured(0.0), Measured(0.0), Measured(0.0), Unmeasured("asr died")]
+    assert check_budget(rewards, CONFIG) == 1
+    with pytest.raises(BudgetExceeded, match="2 of 4 samples have no reward.*asr died"):
+        check_budget([*rewards[:2], rewards[3], rewards[3]], CONFIG)
+
+
+class EveryOtherClip:
+    """A judge that fails for every second clip."""
+
+    name = "fake"
+    measures = ("loudness",)
+
+    def judge(self, clips: list[Clip]) -> list[Judgement]:
+        return [
+            {"loudness": float(abs(clip.waveform_N).max())} if index % 2 == 0 else Unmeasured("odd")
+            for index, clip in enumerate(clips)
+        ]
+
+
+def a_batch() -> pa.Table:
+    pcm = b"\xff\x7f" * 4
+    return pa.table(
+        {
+            "prompt_id": ["a", "b"],
+            "sample_index": pa.array([0, 0], pa.int32()),
+            "text": ["x", "x"],
+            "waveform_pcm": [pcm, pcm],
+            "reference_pcm": [pcm, pcm],
+            "sample_rate_hz": pa.array([16000, 16000], pa.int32()),
+            "golden_duration_s": pa.array([1.0, 1.0], pa.float32()),
+            "judge_errors": ["", "earlier: bad"],
+        }
+    )
+
+
+def test_a_failed_judgement_is_a_null_beside_its_reason():
+    judged = JudgeStage(SignalConfig(), EveryOtherClip())(a_batch())
+    assert judged["loudness"].to_pylist() == [1.0, None]
+    assert judged["judge_errors"].to_pylist() == ["", "earlier: bad; odd"]
+    assert judged["fake_seconds"].null_count == 0
