@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml, load_config
 from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError
 

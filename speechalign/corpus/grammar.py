@@ -1,4 +1,4 @@
-"""Sentences of everyday English from a small grammar: few words, about a hundred thousand sentences."""
+"""Sentences of everyday English from a small grammar: few words, 100,000 sentences."""
 
 import random
 from collections.abc import Iterator

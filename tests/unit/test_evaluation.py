@@ -105,4 +105,4 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):  # noqa: ANN0
     assert "the dog &amp; cat" in page
     assert page.count("<svg") == 4
     assert "data:audio/flac;base64," in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page

@@ -20,7 +20,9 @@ def a_clip(waveform_N: np.ndarray, golden_duration_s: float = 1.0) -> Clip:
 
 
 def test_texts_are_compared_as_words():
-    assert normalise("The TWENTY-one  dogs, didn\u2019t sleep!") == "the twenty one dogs didn't sleep"
+    assert (
+        normalise("The TWENTY-one  dogs, didn\u2019t sleep!") == "the twenty one dogs didn't sleep"
+    )
     assert normalise("7 apples and 42 pears, 365 days") == (
         "seven apples and forty two pears 365 days"
     )

@@ -106,7 +106,9 @@ def test_levels_are_filled_behind_level_1_and_padding_changes_nothing():
     level1s = [rng.integers(0, 16, length) for length in (5, 9)]
     speakers = [rng.integers(0, 16, (3, 4)) for _ in level1s]
     together = nar.fill(level1s, speakers, 3)
-    alone = [nar.fill([codes], [voice], 3)[0] for codes, voice in zip(level1s, speakers, strict=True)]
+    alone = [
+        nar.fill([codes], [voice], 3)[0] for codes, voice in zip(level1s, speakers, strict=True)
+    ]
     for batched, single, level1 in zip(together, alone, level1s, strict=True):
         np.testing.assert_array_equal(batched, single)
         np.testing.assert_array_equal(batched[0], level1)

@@ -33,7 +33,7 @@ def test_without_one_of_its_terms_there_is_no_reward():
 def test_missing_rewards_are_counted_up_to_the_budget_and_stop_the_run_above_it():
     rewards = [Measured(0.0), Measured(0.0), Measured(0.0), Unmeasured("asr died")]
     assert check_budget(rewards, CONFIG) == 1
-    with pytest.raises(BudgetExceeded, match="2 of 4 samples have no reward.*asr died"):
+    with pytest.raises(BudgetExceeded, match=r"2 of 4 samples have no reward.*asr died"):
         check_budget([*rewards[:2], rewards[3], rewards[3]], CONFIG)
 
 

@@ -56,7 +56,7 @@ def test_the_order_of_batches_is_the_same_after_a_restart():
     onward = [BatchPlan(lengths, 4, seed=1).batch(step) for step in range(30)]
     plan = BatchPlan(lengths, 4, seed=1)
     assert [plan.batch(step) for step in range(30)] == onward
-    assert onward[: plan.batches_per_epoch] != onward[plan.batches_per_epoch :][: 12]
+    assert onward[: plan.batches_per_epoch] != onward[plan.batches_per_epoch :][:12]
 
 
 def test_ranks_share_the_rows_of_a_batch():

@@ -1,0 +1,80 @@
+"""A file on disk to a waveform that a codec can encode, or the reason why not.
+
+The header is read before the samples: 43 kB of FLAC can hold 57 MB of silence.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+from numpy.typing import NDArray
+
+from speechalign.config.prepare import AudioLimits
+from speechalign.errors import DataError
+
+FEWER_FRAMES_ALLOWED = 0.98
+"""A file that was cut decodes fewer frames than its header declares."""
+
+
+def read_speech(path: Path, sample_rate_hz: int, limits: AudioLimits) -> NDArray[np.float32]:
+    """Return the mono waveform at a rate.
+
+    Raises:
+        DataError: the file is not speech that can be used; the message says why.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        header = sf.info(path)
+        _check_header(path, header, limits)
+        samples_NC, rate_hz = sf.read(path, dtype="float32", always_2d=True)
+    except sf.LibsndfileError as error:
+        raise DataError(f"{path}: not decodable audio ({error.error_string})") from None
+    if len(samples_NC) < FEWER_FRAMES_ALLOWED * header.frames:
+        raise DataError(f"{path}: {len(samples_NC)} of {header.frames} declared frames; it was cut")
+    declared = _declared_wav_frames(path)
+    if declared is not None and len(samples_NC) < FEWER_FRAMES_ALLOWED * declared:
+        raise DataError(f"{path}: {len(samples_NC)} of {declared} declared frames; it was cut")
+    wave_N = samples_NC.mean(axis=1)
+    _check_samples(path, wave_N, limits)
+    resampled_N = soxr.resample(wave_N, rate_hz, sample_rate_hz)
+    return np.ascontiguousarray(resampled_N, dtype=np.float32)
+
+
+def _check_header(path: Path, header: sf._SoundFileInfo, limits: AudioLimits) -> None:
+    if not limits.min_sample_rate_hz <= header.samplerate <= limits.max_sample_rate_hz:
+        raise DataError(
+            f"{path}: {header.samplerate} Hz is outside {limits.min_sample_rate_hz} to "
+            f"{limits.max_sample_rate_hz} Hz"
+        )
+    if header.channels > limits.max_channels:
+        raise DataError(f"{path}: {header.channels} channels, at most {limits.max_channels}")
+    duration_s = header.frames / header.samplerate
+    if not limits.min_duration_s <= duration_s <= limits.max_duration_s:
+        raise DataError(
+            f"{path}: {duration_s:.2f} s is outside {limits.min_duration_s} to "
+            f"{limits.max_duration_s} s"
+        )
+
+
+def _check_samples(path: Path, wave_N: NDArray[np.float32], limits: AudioLimits) -> None:
+    if not np.isfinite(wave_N).all():
+        raise DataError(f"{path}: samples that are not finite numbers")
+    peak = float(np.abs(wave_N).max())
+    if peak > limits.max_peak:
+        raise DataError(f"{path}: peak {peak:.1f}, at most {limits.max_peak}; scale it to 1")
+    if peak < limits.min_peak:
+        raise DataError(f"{path}: silence (peak {peak:.1e})")
+
+
+def _declared_wav_frames(path: Path) -> int | None:
+    """Return the frames that a plain PCM WAV header promises; libsndfile trusts the file size."""
+    with path.open("rb") as file:
+        head = file.read(44)
+    if len(head) < 44 or head[:4] != b"RIFF" or head[12:16] != b"fmt " or head[36:40] != b"data":
+        return None
+    bytes_per_frame = int.from_bytes(head[32:34], "little")
+    data_bytes = int.from_bytes(head[40:44], "little")
+    streamed = data_bytes in (0, 0xFFFFFFFF)  # a writer that could not go back
+    return None if streamed or not bytes_per_frame else data_bytes // bytes_per_frame

@@ -1,0 +1,141 @@
+"""`speechalign prepare`: recordings -> Ray Data actors -> golden codec tokens and a quarantine."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from speechalign.artifacts import committed_folder, is_committed, manifest_facts, verify_folder
+from speechalign.audio.decode import read_speech
+from speechalign.audio.manifest import Recording, read_recordings, split_of
+from speechalign.codec.build import build_codec
+from speechalign.config.codec import CodecConfig
+from speechalign.config.prepare import AudioLimits, PrepareConfig
+from speechalign.errors import DataError
+from speechalign.pipeline.cluster import connected
+from speechalign.policy.text import TextFrontend
+from speechalign.rows import GOLDEN, QUARANTINE, Row
+
+logger = logging.getLogger(__name__)
+
+GOLDEN_FILE, QUARANTINE_FILE = "golden.parquet", "quarantine.parquet"
+ERROR = "error"
+PREPARED = pa.schema([*GOLDEN, pa.field(ERROR, pa.string(), nullable=False)])
+"""A row that failed has empty codes and says why."""
+
+
+class EncodeStage:
+    """A plain class: tests call it directly, Ray Data makes actors of it."""
+
+    def __init__(self, codec: CodecConfig, limits: AudioLimits) -> None:
+        self._codec = build_codec(codec)
+        self._limits = limits
+        self._text = TextFrontend()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Decode, resample and encode; a bad recording is a row with a reason, not an error."""
+        rows = [self._encode(row) for row in batch.to_pylist()]
+        return pa.Table.from_pylist(rows, schema=PREPARED)
+
+    def _encode(self, row: Row) -> Row:
+        empty = {"phonemes": "", "num_frames": 0, "codes": [], ERROR: ""}
+        named = {"clip_id": row["clip_id"], "text": row["text"], "speaker_id": row["speaker_id"]}
+        named |= {"source": "user", "kind": "human", "split": row["split"]}
+        named |= {"codec_fingerprint": self._codec.fingerprint}
+        try:
+            phonemes = self._text.phonemize(row["text"])
+            wave_N = read_speech(Path(row["path"]), self._codec.sample_rate_hz, self._limits)
+            codes_KT = self._codec.encode(wave_N)
+        except DataError as error:
+            return named | empty | {ERROR: str(error)}
+        num_frames = codes_KT.shape[1]
+        codes = codes_KT.astype("int16").reshape(-1)
+        return named | {"phonemes": phonemes, "num_frames": num_frames, "codes": codes, ERROR: ""}
+
+
+def run_prepare(config: PrepareConfig) -> str:
+    """Write the golden tokens of a corpus; return what came of it, in words.
+
+    Raises:
+        ConfigError: the input cannot be read.
+        DataError: not one recording was usable; the reasons are in the message.
+    """
+    if not is_committed(config.output):
+        recordings = read_recordings(config.input)
+        facts: dict[str, Any] = {"kind": "golden"}
+        with connected(), committed_folder(config.output, facts) as partial:
+            prepared = _encode_all(config, recordings)
+            facts |= _write(prepared, partial)
+    verify_folder(config.output)
+    return _in_words(config.output)
+
+
+def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:
+    import ray.data
+
+    num_speakers = len({recording.speaker_id for recording in recordings})
+    rows = [
+        {
+            "clip_id": recording.clip_id,
+            "path": str(recording.path),
+            "text": recording.text,
+            "speaker_id": recording.speaker_id,
+            "split": split_of(recording, num_speakers, config.heldout_share, config.seed),
+        }
+        for recording in recordings
+    ]
+    table = pa.Table.from_pylist(rows)
+    size = config.pool.batch_size
+    blocks = [table.slice(first, size) for first in range(0, len(rows), size)]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        EncodeStage,
+        fn_constructor_args=(config.codec, config.limits),
+        compute=ray.data.ActorPoolStrategy(size=config.pool.num_actors),
+        batch_size=size,
+        batch_format="pyarrow",
+        num_cpus=config.pool.num_cpus,
+        num_gpus=config.pool.num_gpus,
+    )
+    batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables([batch.cast(PREPARED) for batch in batches])
+
+
+def _write(prepared: pa.Table, folder: Path) -> dict[str, Any]:
+    is_good = pc.equal(prepared[ERROR], "")
+    golden = prepared.filter(is_good).drop_columns([ERROR]).cast(GOLDEN)
+    bad = prepared.filter(pc.invert(is_good)).select(["clip_id", ERROR]).to_pylist()
+    reasons = Counter(_without_path(row[ERROR]) for row in bad)
+    if not golden.num_rows:
+        raise DataError(
+            f"not one of {len(bad)} recordings can be used: {dict(reasons.most_common(5))}"
+        )
+    quarantine = [
+        {"stage": "prepare", "row_id": row["clip_id"], "reason": row[ERROR]} for row in bad
+    ]
+    pq.write_table(golden, folder / GOLDEN_FILE, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(quarantine, schema=QUARANTINE), folder / QUARANTINE_FILE)
+    return {
+        "num_clips": golden.num_rows,
+        "num_quarantined": len(bad),
+        "reasons": dict(reasons),
+        "splits": dict(Counter(golden["split"].to_pylist())),
+        "codec_fingerprint": golden["codec_fingerprint"][0].as_py(),
+    }
+
+
+def _without_path(reason: str) -> str:
+    """Return a reason that files share: the part after the path, numbers left out."""
+    text = reason.rpartition(": ")[2]
+    return "".join("#" if character.isdigit() else character for character in text)
+
+
+def _in_words(folder: Path) -> str:
+    facts = manifest_facts(folder)
+    lines = [f"{folder / GOLDEN_FILE}: {facts['num_clips']} clips, {facts['splits']}"]
+    lines.append(f"{folder / QUARANTINE_FILE}: {facts['num_quarantined']} recordings left out")
+    lines += [f"  {count} x {reason}" for reason, count in facts["reasons"].items()]
+    return "\n".join(lines)

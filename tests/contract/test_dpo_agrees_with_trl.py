@@ -1,0 +1,110 @@
+"""The same pairs through our collate, log-probs and loss, and through TRL's DPOTrainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechalign.config.dpo import DpoLossConfig
+from speechalign.config.policy import ArConfig
+from speechalign.policy.ar import build_ar
+from speechalign.policy.vocabulary import Vocabulary
+from speechalign.training.losses import dpo_loss
+from speechalign.training.reference import pair_logprobs
+from speechalign.types import PairKind, PreferencePair
+
+trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
+CONFIG = ArConfig(num_layers=2, hidden_size=32, num_heads=2)
+BETA = 0.3
+
+
+def a_pair(name: str, chosen: tuple[int, ...], rejected: tuple[int, ...]) -> PreferencePair:
+    return PreferencePair(
+        pair_id=name,
+        kind=PairKind.RANKED,
+        prompt_id=name,
+        policy_version=0,
+        codec_fingerprint="f",
+        prompt_token_ids=(2, 9, 10, 3, 25, 4),
+        chosen_token_ids=chosen,
+        rejected_token_ids=rejected,
+        margin=1.0,
+    )
+
+
+PAIRS = [
+    a_pair("a", (8, 9, 10, 1), (11, 12, 1)),
+    a_pair("b", (20, 1), (13, 14, 15, 16, 1)),
+    a_pair("c", (8, 8, 8, 8, 8, 1), (9, 1)),
+]
+
+
+def models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    torch.manual_seed(0)
+    policy = build_ar(CONFIG, VOCABULARY)
+    torch.manual_seed(1)
+    return policy.eval(), build_ar(CONFIG, VOCABULARY).eval()
+
+
+def trl_loss(loss_type: str, folder: Path) -> float:
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    class Pretokenised(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:
+            return dataset
+
+    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, VOCABULARY.size)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="2")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    rows = [
+        {
+            "prompt_ids": list(pair.prompt_token_ids),
+            "chosen_ids": list(pair.chosen_token_ids),
+            "rejected_ids": list(pair.rejected_token_ids),
+        }
+        for pair in PAIRS
+    ]
+    policy, reference = models()
+    arguments = trl.DPOConfig(
+        output_dir=str(folder),
+        beta=BETA,
+        loss_type=[loss_type],
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_dropout=True,
+        gradient_checkpointing=False,
+    )
+    trainer = Pretokenised(
+        model=policy,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        return float(trainer.compute_loss(trainer.model, batch))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "config"),
+    [
+        ("sigmoid", DpoLossConfig(beta=BETA)),
+        ("ipo", DpoLossConfig(beta=BETA, variant="ipo", logprobs="length_normalised")),
+    ],
+)
+def test_our_loss_is_trls(loss_type: str, config: DpoLossConfig, tmp_path: Path):
+    policy, reference = models()
+    with torch.no_grad():
+        output = dpo_loss(pair_logprobs(policy, PAIRS), pair_logprobs(reference, PAIRS), config)
+    assert trl_loss(loss_type, tmp_path) == pytest.approx(float(output.loss_B.mean()), rel=1e-5)

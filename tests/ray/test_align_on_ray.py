@@ -1,0 +1,102 @@
+"""The whole main job on a stack of random weights: the order, the artifacts, the resume."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from speechalign.artifacts import verify_folder
+from speechalign.config.align import AlignConfig
+from speechalign.config.load import dump_yaml
+from speechalign.errors import CorruptArtifact
+from speechalign.pipeline.align import run_align
+from tests.tiny_stack import TinyStack, build_tiny_stack
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+
+
+def recipe(stack: TinyStack, run_dir: Path, **changes: object) -> AlignConfig:
+    small = {"speaker_frames": 8, "max_golden_frames": 100}
+    values: dict[str, object] = {
+        "run_dir": run_dir,
+        "codec": {"kind": "embedded", "path": stack.codec},
+        "golden": stack.golden,
+        "policy": stack.ar,
+        "nar": stack.nar,
+        "prompts": {"split": "train", "num_prompts": 12, **small},
+        "engine": {"kind": "transformers", "max_model_len": 64},
+        "sampling": {"samples_per_prompt": 3, "max_new_tokens": 24},
+        "rendering": {"num_levels": 2},
+        "judges": [{"kind": "signal", "pool": {"num_cpus": 0.1}}],
+        "reward": {"terms": [{"measure": "duration_ratio", "weight": -1.0}]},
+        "pairing": {"kinds": ["golden", "ranked"], "min_margin": 0.01},
+        "training": {"num_epochs": 1, "pairs_per_step": 4, "heldout_share": 0.2,
+                     "max_logprob_difference": 1e-4,
+                     "early_stop": {"every": 2}, "engine": {"learning_rate": 1e-3}},
+        "evaluation": {"prompts": {"split": "heldout", "num_prompts": 6, **small},
+                       "judges": [{"kind": "signal", "pool": {"num_cpus": 0.1}}],
+                       "num_resamples": 50, "num_players": 2},
+    }  # fmt: skip
+    return AlignConfig.model_validate(values | changes)
+
+
+def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, tmp_path: Path):
+    config = recipe(stack, tmp_path / "run")
+    outcome = run_align(config)
+
+    run = config.run_dir
+    assert "before" in outcome.text
+    assert "iteration 1" in outcome.text
+    facts = verify_folder(run / "iteration-1" / "policy")
+    assert facts["policy_version"] == 1
+    pairs = verify_folder(run / "iteration-1" / "pairs")
+    assert pairs["num_samples"] == 36
+    assert pairs["max_logprob_difference"] < 1e-4
+    scored = pq.read_table(run / "iteration-1" / "scored" / "scored.parquet")
+    assert set(scored["policy_version"].to_pylist()) == {0}
+    after = pq.read_table(run / "iteration-1" / "evaluation" / "scored.parquet")
+    assert set(after["policy_version"].to_pylist()) == {1}
+    assert "data:audio/flac" in (run / "report.html").read_text()
+    first_look = json.loads(
+        (run / "iteration-1" / "policy-work" / "metrics.jsonl").read_text().splitlines()[0]
+    )
+    assert first_look["heldout_loss"] == pytest.approx(0.693147, abs=1e-3)
+
+    hashes = {path: path.stat().st_mtime_ns for path in sorted(run.rglob("manifest.json"))}
+    run_align(config)
+    assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob("manifest.json"))} == hashes
+
+
+def test_stages_one_by_one_make_what_one_command_makes(stack: TinyStack, tmp_path: Path):
+    whole, stepwise = recipe(stack, tmp_path / "a"), recipe(stack, tmp_path / "b")
+    run_align(whole, until="pairs")
+    for stage in ("samples", "scored", "pairs"):
+        run_align(stepwise, until=stage)
+    tables = [
+        pq.read_table(config.run_dir / "iteration-1" / "pairs" / "pairs.parquet")
+        for config in (whole, stepwise)
+    ]
+    assert tables[0].equals(tables[1])
+
+
+def test_a_damaged_stage_is_found_before_anything_builds_on_it(stack: TinyStack, tmp_path: Path):
+    config = recipe(stack, tmp_path / "run")
+    run_align(config, until="pairs")
+    path = config.run_dir / "iteration-1" / "pairs" / "pairs.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptArtifact, match=r"pairs\.parquet differs"):
+        run_align(config, until="policy")
+
+
+def test_a_recipe_reads_back_from_its_run(stack: TinyStack, tmp_path: Path):
+    config = recipe(stack, tmp_path / "run")
+    run_align(config, until="samples")
+    assert (config.run_dir / "config.yaml").read_text() == dump_yaml(config)

@@ -1,0 +1,110 @@
+"""DPO on real Ray Train workers with a real DeepSpeed engine."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from speechalign.artifacts import committed_folder
+from speechalign.config.dpo import DpoTrainingConfig
+from speechalign.errors import ConfigError, LogprobMismatch
+from speechalign.pipeline.cluster import connected
+from speechalign.policy.ar import load_ar
+from speechalign.rows import pairs_to_table
+from speechalign.training.dpo import PAIRS, DpoPaths, train_dpo
+from speechalign.training.metrics import read_metrics
+from speechalign.training.reference import sampler_difference
+from speechalign.types import PairKind, PreferencePair, Sample
+from tests.tiny_stack import TinyStack, build_tiny_stack
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+
+
+def write_pairs(folder: Path, count: int = 20) -> Path:
+    rng = np.random.default_rng(0)
+    pairs = [
+        PreferencePair(
+            pair_id=f"p{index}",
+            kind=PairKind.RANKED,
+            prompt_id=f"p{index}",
+            policy_version=0,
+            codec_fingerprint="f",
+            prompt_token_ids=(2, 8, 9, 3, 25, 4),
+            chosen_token_ids=(*rng.integers(8, 16, rng.integers(2, 9)).tolist(), 1),
+            rejected_token_ids=(*rng.integers(16, 24, rng.integers(2, 9)).tolist(), 1),
+            margin=1.0,
+        )
+        for index in range(count)
+    ]
+    with committed_folder(folder, {}) as partial:
+        pq.write_table(pairs_to_table(pairs), partial / PAIRS)
+    return folder
+
+
+def trained(stack: TinyStack, folder: Path, num_workers: int, zero_stage: int) -> DpoPaths:
+    config = DpoTrainingConfig.model_validate(
+        {
+            "num_epochs": 1,
+            "pairs_per_step": 4,
+            "heldout_share": 0.2,
+            "loss": {"sft_weight": 0.1},
+            "early_stop": {"every": 2, "max_chosen_drop": 9.0},
+            "engine": {"learning_rate": 3e-3, "zero_stage": zero_stage},
+            "workers": {"num_workers": num_workers, "max_failures": 0},
+        }
+    )
+    pairs = write_pairs(folder / "pairs")
+    paths = DpoPaths(
+        policy=stack.ar, reference=stack.ar, pairs=pairs, output=folder / f"policy-{num_workers}"
+    )
+    with connected():
+        train_dpo(config, paths)
+    return paths
+
+
+def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
+    one, two = (trained(stack, tmp_path, num, stage) for num, stage in ((1, 0), (2, 2)))
+    losses = [
+        [row["loss"] for row in read_metrics(paths.work / "metrics.jsonl") if "loss" in row]
+        for paths in (one, two)
+    ]
+    assert len(losses[0]) >= 3
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+    weights = [load_ar(paths.output).model.state_dict() for paths in (one, two)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-4)
+    assert load_ar(one.output).facts["policy_version"] == 1
+
+
+def test_too_few_pairs_are_refused_before_a_worker_starts(stack: TinyStack, tmp_path: Path):
+    paths = DpoPaths(
+        policy=stack.ar,
+        reference=stack.ar,
+        pairs=write_pairs(tmp_path / "pairs", count=3),
+        output=tmp_path / "policy",
+    )
+    with pytest.raises(ConfigError, match="do not fill one step"):
+        train_dpo(DpoTrainingConfig(), paths)
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(stack: TinyStack):
+    sample = Sample(
+        prompt_id="p0",
+        sample_index=0,
+        policy_version=0,
+        codec_fingerprint="f",
+        prompt_token_ids=(2, 8, 3, 25, 4),
+        token_ids=(8, 1),
+        logprobs=(-9.0, -9.0),
+        is_truncated=False,
+    )
+    with pytest.raises(LogprobMismatch, match="sample p0/0"):
+        sampler_difference(stack.ar, [sample], 1e-4)
