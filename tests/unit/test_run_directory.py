@@ -62,9 +62,9 @@ def test_a_flipped_bit_in_a_finished_stage_is_noticed(tmp_path: Path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
-    with open_run(tmp_path, Told()), pytest.raises(RunLocked, match=f"process {os.getpid()}"):
-        with open_run(tmp_path, Told()):
-            pass
+    refused = pytest.raises(RunLocked, match=f"process {os.getpid()}")
+    with open_run(tmp_path, Told()), refused, open_run(tmp_path, Told()):
+        pass
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
@@ -92,13 +92,13 @@ def test_the_silent_lock_of_another_host_is_taken_over(tmp_path: Path):
 def test_another_config_is_refused_with_what_changed(tmp_path: Path):
     with open_run(tmp_path, Told()):
         pass
-    with pytest.raises(ConfigError, match=r"beta: was 0\.1, now 0\.2"):
-        with open_run(tmp_path, Told(beta=0.2)):
-            pass
+    refused = pytest.raises(ConfigError, match=r"beta: was 0\.1, now 0\.2")
+    with refused, open_run(tmp_path, Told(beta=0.2)):
+        pass
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        with open_run(tmp_path / "file" / "run", Told()):
-            pass
+    refused = pytest.raises(ConfigError, match="cannot be written")
+    with refused, open_run(tmp_path / "file" / "run", Told()):
+        pass
