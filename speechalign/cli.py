@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -17,6 +17,9 @@ from rich.console import Console
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml, load_config
 from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError
+
+if TYPE_CHECKING:
+    from speechalign.pipeline.align import StageName
 
 app = typer.Typer(
     help="Align speech codec language models with preferences, on Ray.",
@@ -142,7 +145,9 @@ def report(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fal
     out.print(f"report: {write_run_report(config)}", soft_wrap=True)
 
 
-def _run_until(stage: str, recipe: Path, overrides: list[str] | None, *, dry_run: bool) -> None:
+def _run_until(
+    stage: "StageName", recipe: Path, overrides: list[str] | None, *, dry_run: bool
+) -> None:
     config = _resolved(AlignConfig, recipe, overrides, dry_run=dry_run)
     from speechalign.pipeline.align import run_align
 

@@ -4,6 +4,7 @@ The header is read before the samples: 43 kB of FLAC can hold 57 MB of silence.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -42,7 +43,7 @@ def read_speech(path: Path, sample_rate_hz: int, limits: AudioLimits) -> NDArray
     return np.ascontiguousarray(resampled_N, dtype=np.float32)
 
 
-def _check_header(path: Path, header: sf._SoundFileInfo, limits: AudioLimits) -> None:
+def _check_header(path: Path, header: Any, limits: AudioLimits) -> None:
     if not limits.min_sample_rate_hz <= header.samplerate <= limits.max_sample_rate_hz:
         raise DataError(
             f"{path}: {header.samplerate} Hz is outside {limits.min_sample_rate_hz} to "

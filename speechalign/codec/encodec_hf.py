@@ -5,6 +5,7 @@ codes counts chunks, of which an unchunked model has one.
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ class EncodecHfCodec:
         """Return wave_N; codes of fewer than K levels are the first ones."""
         check_codes(codes_KT, num_codebooks=self.num_codebooks, codebook_size=self.codebook_size)
         codes_1BKT = torch.from_numpy(np.array(codes_KT, np.int64))[None, None]
-        wave_BCN, *_ = self._model.decode(codes_1BKT, [None], return_dict=False)
+        model: Any = self._model  # its annotations are narrower than what it takes
+        wave_BCN, *_ = model.decode(codes_1BKT, [None], return_dict=False)
         return wave_BCN[0, 0].numpy()
 
 

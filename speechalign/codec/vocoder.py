@@ -7,10 +7,13 @@ Shapes: N samples, F feature frames of 10 ms, D = 43 features: log-F0 (interpola
 unvoiced frames), voicing (0 or 1), 40 envelope coefficients, 1 aperiodicity in dB.
 """
 
+from typing import Any
+
 import numpy as np
-import pyworld
+import pyworld as _untyped_pyworld
 from numpy.typing import NDArray
 
+pyworld: Any = _untyped_pyworld  # a compiled module without stubs
 SAMPLE_RATE_HZ = 16000
 FRAME_PERIOD_MS = 10.0
 SEARCH_PERIOD_MS = 2.5

@@ -23,6 +23,12 @@ from numpy.typing import NDArray
 
 from speechalign.codec.embedded import SAMPLE_RATE_HZ, EmbeddedCodec
 from speechalign.codec.vocoder import analyse, synthesise
+from speechalign.config.judges import (
+    DistillMosConfig,
+    JudgeConfig,
+    RecogniserConfig,
+    SpeakerConfig,
+)
 from speechalign.errors import BudgetExceeded
 from speechalign.judges.base import Judge
 from speechalign.judges.build import build_judge
@@ -36,6 +42,11 @@ MEASURES = ("eval_wer", "speaker_similarity", "distillmos")
 NUM_LEVELS = (8, 4, 2, 1)
 GROUPS = {"hibari-tts": 40, "asterisk-core-sounds-en-g722": 25, "pocketsphinx-testdata": 5}
 """How many held-out clips of each source are judged."""
+JUDGES: tuple[JudgeConfig, ...] = (
+    RecogniserConfig(model="base", role="eval", beam_size=2),
+    SpeakerConfig(),
+    DistillMosConfig(),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,7 @@ def held_out(corpus_dir: Path, source: str, num_clips: int) -> list[Spoken]:
             row["text"],
             samples[row["start"] : row["start"] + row["num_samples"]].astype(np.float32) / 32768,
         )
-        for row in chosen.take(pa.array(picked)).to_pylist()
+        for row in chosen.take(pa.array(picked.tolist(), pa.int64())).to_pylist()
     ]
 
 

@@ -60,7 +60,12 @@ class Summary:
     def from_json(cls, values: Mapping[str, Any]) -> "Summary":
         """Return what `to_json` was made of."""
         estimates = {key: Estimate(**value) for key, value in values["estimates"].items()}
-        return cls(**(dict(values) | {"estimates": estimates}))
+        return cls(
+            name=values["name"],
+            num_prompts=values["num_prompts"],
+            estimates=estimates,
+            missing=values["missing"],
+        )
 
 
 def summarise(name: str, judged: pa.Table, num_resamples: int) -> Summary:
@@ -155,7 +160,7 @@ def _measured(judged: pa.Table, metric: Metric) -> dict[str, tuple[float, float]
         return None
     ones = [1.0] * judged.num_rows
     counts = judged[metric.count].to_pylist() if metric.count else ones
-    ids = judged["prompt_id"].to_pylist()
+    ids: list[Any] = judged["prompt_id"].to_pylist()
     return {
         id_: (value, count)
         for id_, value, count in zip(ids, values, counts, strict=True)

@@ -15,9 +15,15 @@ SHORTEST_CLIP_S = 0.1
 class Judge(Protocol):
     """Measures clips; in order, one judgement each."""
 
-    name: str
-    measures: tuple[str, ...]
-    """The columns of the judgements, in their order."""
+    @property
+    def name(self) -> str:
+        """What the judge is called."""
+        ...
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The columns of the judgements, in their order."""
+        ...
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         """Return one judgement a clip; a clip that cannot be judged is Unmeasured."""

@@ -1,13 +1,14 @@
 """How natural it sounds: two predictors of mean opinion scores, unlike each other."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from speechalign.audio.torchaudio_stand_in import torchaudio_for_import
 from speechalign.config.judges import DistillMosConfig, DnsMosConfig
 from speechalign.judges.base import Judgement, is_audible
 from speechalign.judges.whisper import SAMPLE_RATE_HZ, at_16_khz
-from speechalign.judges.without_torchaudio import ensure_torchaudio
 from speechalign.types import Clip, Unmeasured
 
 SHORTEST_CLIP_S = 0.4
@@ -20,8 +21,8 @@ class DistillMos:
     measures = ("distillmos",)
 
     def __init__(self, config: DistillMosConfig) -> None:
-        ensure_torchaudio()
-        import distillmos
+        with torchaudio_for_import():
+            import distillmos
         import torch
 
         torch.set_num_threads(config.num_threads)
@@ -49,7 +50,7 @@ class DnsMos:
     def __init__(self, config: DnsMosConfig) -> None:
         from speechmos import dnsmos
 
-        self._run = dnsmos.run
+        self._run: Any = dnsmos.run  # untyped: a dict of scores for one waveform
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         """Return scores."""

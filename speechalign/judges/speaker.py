@@ -3,6 +3,7 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class SpeakerSimilarity:
 
         torch.set_num_threads(config.num_threads)
         self._preprocess = resemblyzer.preprocess_wav
-        self._encoder = resemblyzer.VoiceEncoder("cpu", verbose=False)
+        self._encoder: Any = resemblyzer.VoiceEncoder("cpu", verbose=False)
         self._references: OrderedDict[bytes, NDArray[np.float32] | None] = OrderedDict()
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:

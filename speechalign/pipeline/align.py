@@ -7,6 +7,7 @@ Which stage comes next is decided here and nowhere else.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -68,7 +69,7 @@ class Iteration:
     def run(self, until: StageName) -> Path | None:
         """Run the stages; return the folder of `until` if it is the one that was produced."""
         config, name = self._config, f"iteration-{self._number}"
-        stages = {
+        stages: dict[str, Callable[[Path], None]] = {
             "samples": lambda folder: write_samples(config, self.policy_before, folder),
             "scored": lambda folder: write_scored(config, self.policy_before, folder),
             "pairs": lambda folder: write_pairs(config, self._number, folder),

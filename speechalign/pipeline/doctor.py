@@ -76,7 +76,7 @@ def _versions() -> Iterator[Finding]:
 def _device(config: AlignConfig) -> str:
     import torch
 
-    device = config.sampling.engine.device
+    device = config.engine.device
     if device == "cuda" and not torch.cuda.is_available():
         raise SpeechalignError("the recipe asks for cuda, torch sees no GPU; set the device to cpu")
     return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"

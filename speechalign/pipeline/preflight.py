@@ -102,7 +102,7 @@ def _check_golden(path: Path, fingerprint: str) -> int:
     if not path.exists():
         raise ConfigError(f"golden tokens {path} do not exist; make them: `speechalign prepare`")
     try:
-        column: pa.ChunkedArray = ds.dataset(path).to_table(columns=["codec_fingerprint"])[0]
+        column = ds.dataset(path).to_table(columns=["codec_fingerprint"])[0]
     except (pa.ArrowInvalid, KeyError) as error:
         raise ConfigError(f"{path} does not hold golden tokens: {error}") from None
     others = [value for value in pc.unique(column).to_pylist() if value != fingerprint]

@@ -90,7 +90,7 @@ def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:
     ]
     table = pa.Table.from_pylist(rows)
     size = config.pool.batch_size
-    blocks = [table.slice(first, size) for first in range(0, len(rows), size)]
+    blocks: Any = [table.slice(first, size) for first in range(0, len(rows), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
         EncodeStage,
         fn_constructor_args=(config.codec, config.limits),
@@ -100,12 +100,12 @@ def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:
         num_cpus=config.pool.num_cpus,
         num_gpus=config.pool.num_gpus,
     )
-    batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables([batch.cast(PREPARED) for batch in batches])
 
 
 def _write(prepared: pa.Table, folder: Path) -> dict[str, Any]:
-    is_good = pc.equal(prepared[ERROR], "")
+    is_good = pc.equal(prepared[ERROR], pa.scalar(""))
     golden = prepared.filter(is_good).drop_columns([ERROR]).cast(GOLDEN)
     bad = prepared.filter(pc.invert(is_good)).select(["clip_id", ERROR]).to_pylist()
     reasons = Counter(_without_path(row[ERROR]) for row in bad)

@@ -79,7 +79,11 @@ def listening_stages(
 ) -> list[Stage]:
     """Return the stages from samples to judged samples."""
     render = render_stage(
-        config.codec, policy, config.nar, config.rendering, pool=config.pools.render
+        config.codec,
+        policy.resolve(),
+        config.nar.resolve(),
+        config.rendering,
+        pool=config.pools.render,
     )
     listening = [
         Stage(
@@ -92,5 +96,9 @@ def listening_stages(
 
 def _sampling(config: AlignConfig, policy: Path) -> Stage:
     return sample_stage(
-        policy, config.engine, config.sampling, run_seed=config.seed, pool=config.pools.sample
+        policy.resolve(),
+        config.engine,
+        config.sampling,
+        run_seed=config.seed,
+        pool=config.pools.sample,
     )

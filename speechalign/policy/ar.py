@@ -34,8 +34,9 @@ class LoadedPolicy:
 def build_ar(config: ArConfig, vocabulary: Vocabulary) -> PreTrainedModel:
     """Return a fresh Llama-shaped model; weights come from torch's current seed."""
     hidden = config.hidden_size
+    make_config: Any = LlamaConfig  # its signature hides what PretrainedConfig takes
     return LlamaForCausalLM(
-        LlamaConfig(
+        make_config(
             vocab_size=vocabulary.size,
             hidden_size=hidden,
             intermediate_size=hidden * 8 // 3 // 64 * 64 or 64,
@@ -77,8 +78,9 @@ def load_ar(folder: Path, *, device: str = "cpu", dtype: str = "fp32") -> Loaded
     if facts.get("kind") != "ar":
         raise ConfigError(f"{folder} holds a {facts.get('kind')!r} artifact, not an AR policy")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
+    moved: Any = model  # to() is decorated beyond what a type checker follows
     return LoadedPolicy(
-        model=model.to(device).eval(),
+        model=moved.to(device).eval(),
         vocabulary=Vocabulary.load(folder / VOCABULARY),
         facts=facts,
     )

@@ -1,6 +1,7 @@
 """The Ray Data face of a judge: rendered rows in, the same rows with its measures out."""
 
 import time
+from typing import Any
 
 import pyarrow as pa
 
@@ -36,9 +37,10 @@ class JudgeStage:
         started_s = time.perf_counter()
         rows = batch.select(CLIP_COLUMNS).to_pylist()
         judgements = self._judge.judge([clip_from_row(row) for row in rows])
+        before_errors: list[Any] = batch["judge_errors"].to_pylist()
         errors = [
             _joined(before, judgement.reason) if isinstance(judgement, Unmeasured) else before
-            for before, judgement in zip(batch["judge_errors"].to_pylist(), judgements, strict=True)
+            for before, judgement in zip(before_errors, judgements, strict=True)
         ]
         for measure in self._judge.measures:
             values = [None if isinstance(j, Unmeasured) else j[measure] for j in judgements]

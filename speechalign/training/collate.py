@@ -5,6 +5,7 @@ Shapes: B rows, S token positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from speechalign.policy.vocabulary import PAD_ID
 from speechalign.seeds import derive_seed
 
+RowT = TypeVar("RowT")
 BUCKET_BATCHES = 32
 """Batches are cut from windows of this many, sorted by length: little padding, much chance."""
 
@@ -87,6 +89,6 @@ class BatchPlan:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def rows_of_rank(rows: Sequence[int], rank: int, num_ranks: int) -> list[int]:
+def rows_of_rank(rows: Sequence[RowT], rank: int, num_ranks: int) -> list[RowT]:
     """Return every `num_ranks`-th row; ranks may get one row more or less."""
     return list(rows[rank::num_ranks])

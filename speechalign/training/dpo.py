@@ -86,7 +86,8 @@ def train_dpo(config: DpoTrainingConfig, paths: DpoPaths) -> None:
     settings = {
         "config": config.model_dump(mode="json"),
         "paths": {
-            name: str(getattr(paths, name)) for name in ("policy", "reference", "pairs", "output")
+            name: str(getattr(paths, name).resolve())
+            for name in ("policy", "reference", "pairs", "output")
         },
     }
     run_workers(dpo_worker, settings, config.workers, paths.work / "ray")

@@ -77,6 +77,8 @@ class Engine:
         )
         model = model.to(self.device)
         self._deepspeed = deepspeed
+        self._engine: Any  # DeepSpeed is untyped
+        self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=_build_optimizer(model, config),

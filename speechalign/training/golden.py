@@ -2,9 +2,12 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
@@ -59,15 +62,17 @@ def read_golden(path: Path, split: str, *, min_frames: int) -> GoldenSet:
             f"golden tokens {path} do not exist; make them with `speechalign prepare`"
         )
     wanted = (ds.field("split") == split) & (ds.field("phonemes") != "")
-    rows = ds.dataset(path, schema=GOLDEN).to_table(filter=wanted).to_pylist()
+    table = ds.dataset(path, schema=GOLDEN).to_table(filter=wanted)
+    rows = table.drop_columns(["codes"]).to_pylist()
+    codes = _codes(table)
     clips = tuple(
         GoldenClip(
             clip_id=row["clip_id"],
             phonemes=row["phonemes"],
             speaker_id=row["speaker_id"],
-            codes_KT=np.asarray(row["codes"], np.int16).reshape(-1, row["num_frames"]),
+            codes_KT=flat.reshape(-1, row["num_frames"]),
         )
-        for row in rows
+        for row, flat in zip(rows, codes, strict=True)
         if row["num_frames"] >= min_frames
     )
     if not clips:
@@ -83,3 +88,10 @@ def read_golden(path: Path, split: str, *, min_frames: int) -> GoldenSet:
         by_speaker={speaker: tuple(found) for speaker, found in by_speaker.items()},
         codec_fingerprint=fingerprints[0],
     )
+
+
+def _codes(table: pa.Table) -> list[NDArray[np.int16]]:
+    """Return the flat codes of each row without a Python number for each code."""
+    column: Any = table["codes"].combine_chunks()
+    values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+    return [values[first:stop].astype(np.int16) for first, stop in pairwise(offsets)]

@@ -64,7 +64,8 @@ def run_sft(config: SftConfig) -> Path:
         return config.output
     build_task(config)  # a mistake in the data shows here, before any worker starts
     work = work_folder(config)
-    settings = {"config": config.model_dump(mode="json")}
+    whole = {"golden": config.golden.resolve(), "output": config.output.resolve()}
+    settings = {"config": config.model_copy(update=whole).model_dump(mode="json")}
     run_workers(train_worker, settings, config.workers, work / "ray")
     return config.output
 

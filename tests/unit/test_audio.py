@@ -17,9 +17,11 @@ def tone(seconds: float = 0.5, rate_hz: int = 16000) -> np.ndarray:
     return 0.5 * np.sin(np.arange(int(seconds * rate_hz)) * 0.05).astype(np.float32)
 
 
-def write(path: Path, samples: np.ndarray, rate_hz: int = 16000, **kind: str) -> Path:
+def write(
+    path: Path, samples: np.ndarray, rate_hz: int = 16000, subtype: str | None = None
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    sf.write(path, samples, rate_hz, **kind)
+    sf.write(path, samples, rate_hz, subtype=subtype)
     return path
 
 

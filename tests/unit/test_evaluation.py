@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -86,7 +88,7 @@ def test_the_table_says_what_was_not_measured():
     assert text_table([full], {}).splitlines()[0].startswith("system  prompts  WER %")
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(tmp_path):  # noqa: ANN001
+def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
     player = Player(label="before", pcm=b"\x00\x10" * 1600, sample_rate_hz=16000, note="WER 7 %")
     summary = summarise("before", judged([1.0, 2.0]), 20)
     inputs = ReportInputs(

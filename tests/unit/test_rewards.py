@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pyarrow as pa
 import pytest
 
@@ -43,7 +45,7 @@ class EveryOtherClip:
     name = "fake"
     measures = ("loudness",)
 
-    def judge(self, clips: list[Clip]) -> list[Judgement]:
+    def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         return [
             {"loudness": float(abs(clip.waveform_N).max())} if index % 2 == 0 else Unmeasured("odd")
             for index, clip in enumerate(clips)

@@ -30,8 +30,9 @@ def test_a_finished_stage_is_never_redone(tmp_path: Path):
 
     for _ in range(2):
         with open_run(tmp_path / "run", Told()) as run:
-            folder = run.stage("iteration-1/pairs", produce)
-    assert (len(calls), (folder / "number").read_text()) == (1, "7")
+            run.stage("iteration-1/pairs", produce)
+    number = tmp_path / "run" / "iteration-1" / "pairs" / "number"
+    assert (len(calls), number.read_text()) == (1, "7")
 
 
 def test_a_half_written_stage_leaves_nothing_that_looks_finished(tmp_path: Path):
