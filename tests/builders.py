@@ -10,7 +10,7 @@ def a_prompt(*, prompt_id: str = "p0", num_frames: int = 4, num_codebooks: int =
     return Prompt(
         prompt_id=prompt_id,
         text="the dog slept",
-        phonemes="dɔg",
+        phonemes="dɔɡ",  # noqa: RUF001 - the letter of the IPA
         speaker_id="s0",
         speaker_codes_KT=frames.reshape(num_codebooks, num_frames),
         golden_codes_KT=frames[::-1].reshape(num_codebooks, num_frames),
