@@ -14,8 +14,9 @@ class CorpusConfig(Config):
     """Where clips and features go; hundreds of megabytes, outside of git."""
     seed: int = 0
     num_processes: int = Field(default=2, gt=0)
-    num_train_sentences: int = Field(default=6000, gt=0)
-    num_heldout_sentences: int = Field(default=400, gt=0)
+    num_train_sentences: int = Field(default=6000, gt=0, le=50_000)
+    """The grammar has a few times as many."""
+    num_heldout_sentences: int = Field(default=400, gt=0, le=5_000)
     train_factors: tuple[float, ...] = (
         0.84, 0.87, 0.90, 0.93, 0.96, 0.99, 1.02, 1.05, 1.08, 1.11, 1.15, 1.19,
     )  # fmt: skip

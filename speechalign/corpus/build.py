@@ -93,7 +93,9 @@ def _write_clips(config: CorpusConfig) -> None:
         if len(rows) % 1000 == 0:
             logger.info("%d clips, %.2f h", len(rows), start / SAMPLE_RATE_HZ / 3600)
     np.save(config.output / "wave.npy", np.concatenate(waves))
-    pq.write_table(pa.Table.from_pylist(rows), config.output / "clips.parquet")
+    partial = config.output / ".clips.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), partial)
+    partial.replace(config.output / "clips.parquet")
     logger.info("%d clips, %.2f h", len(rows), start / SAMPLE_RATE_HZ / 3600)
 
 
@@ -112,15 +114,31 @@ def _recordings(config: CorpusConfig) -> Iterator[Recording]:
             index = derive_seed(seed, "factor", recording.clip_id) % 2
             yield pseudo_speaker(recording, (0.87, 1.13)[index], "ab"[index])
     yield from sources.librivox(folder)
-    for voice in config.flite_voices:
-        yield from sources.flite(folder, voice, config.num_flite_sentences, seed)
-    yield from _hibari(config)
+    hibari_texts, flite_texts = script(config)
+    for voice, texts in flite_texts.items():
+        yield from sources.flite(folder, voice, texts)
+    yield from _hibari(config, hibari_texts)
 
 
-def _hibari(config: CorpusConfig) -> Iterator[Recording]:
-    count = config.num_train_sentences + config.num_heldout_sentences
+def script(config: CorpusConfig) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the sentences of hibari, training first, and of each flite voice: all distinct.
+
+    One draw serves everybody, so that no voice can speak a held-out sentence in training.
+    """
+    num_hibari = config.num_train_sentences + config.num_heldout_sentences
+    each = config.num_flite_sentences
+    texts = sentences(num_hibari + each * len(config.flite_voices), config.seed)
+    starts = range(num_hibari, len(texts), each) if each else ()
+    flite_texts = {
+        voice: texts[start : start + each]
+        for voice, start in zip(config.flite_voices, starts, strict=False)
+    }
+    return texts[:num_hibari], flite_texts
+
+
+def _hibari(config: CorpusConfig, texts: list[str]) -> Iterator[Recording]:
     jobs: list[tuple[int, str, str, str, float]] = []
-    for index, text in enumerate(sentences(count, config.seed)):
+    for index, text in enumerate(texts):
         split = "train" if index < config.num_train_sentences else "heldout"
         factors = config.train_factors if split == "train" else config.heldout_factors
         voice = index % len(factors)

@@ -10,7 +10,8 @@ import os
 import random
 import re
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,6 @@ import soxr
 from G722 import G722
 from numpy.typing import NDArray
 
-from speechalign.corpus.grammar import sentences
 from speechalign.errors import ConfigError
 from speechalign.seeds import derive_seed
 
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_RATE_HZ = 16000
 MIN_CLIP_S, MAX_CLIP_S = 1.0, 15.0
+MIN_PROMPT_WORDS = 4
+SILENCE_FOLDER = "silence"
+"""Asterisk ships pauses of one to ten seconds as prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,19 +74,25 @@ def unpack(package: str, folder: Path) -> Path:
 
 
 def asterisk_english(folder: Path, num_heldout: int, seed: int) -> Iterator[Recording]:
-    """Yield the prompts of one human speaker (CC-BY-SA-3.0), with transcripts."""
+    """Yield the prompts of one human speaker (CC-BY-SA-3.0), with transcripts.
+
+    `num_heldout` prompts are drawn; those of a length that no clip may have are then left out,
+    and so are training prompts that say what a held-out one says.
+    """
     root = unpack("asterisk-core-sounds-en-g722", folder)
     texts = _asterisk_texts(unpack("asterisk-core-sounds-en", folder))
     files = sorted(
-        path for path in root.rglob("*.g722") if len(texts.get(_key(path), "").split()) >= 4
+        path
+        for path in root.rglob("*.g722")
+        if len(texts.get(path.stem, "").split()) >= MIN_PROMPT_WORDS
     )
     heldout = set(random.Random(derive_seed(seed, "allison")).sample(files, num_heldout))
-    for path in files:
+    for path in speakable(files, heldout, texts):
         wave = _read_g722(path)
         if MIN_CLIP_S <= len(wave) / SAMPLE_RATE_HZ <= MAX_CLIP_S:
             yield Recording(
-                clip_id=f"allison/{_key(path)}",
-                text=texts[_key(path)],
+                clip_id=f"allison/{path.stem}",
+                text=texts[path.stem],
                 speaker_id="allison",
                 source="asterisk-core-sounds-en-g722",
                 kind="human",
@@ -92,10 +101,24 @@ def asterisk_english(folder: Path, num_heldout: int, seed: int) -> Iterator[Reco
             )
 
 
+def speakable(files: Sequence[Path], heldout: set[Path], texts: dict[str, str]) -> Iterator[Path]:
+    """Yield the files whose transcript is certain and, in training, not a held-out one.
+
+    Transcripts go by file name, so two files of one name cannot be told apart.
+    """
+    num_files = Counter(path.stem for path in files)
+    heldout_words = {_words(texts[path.stem]) for path in heldout}
+    for path in files:
+        is_certain = num_files[path.stem] == 1
+        if is_certain and (path in heldout or _words(texts[path.stem]) not in heldout_words):
+            yield path
+
+
 def asterisk_foreign(folder: Path, language: str, minutes: float, seed: int) -> Iterator[Recording]:
     """Yield human speech of another language, untranscribed: a voice for the codec."""
     package = f"asterisk-core-sounds-{language}-g722"
-    files = sorted(unpack(package, folder).rglob("*.g722"))
+    root = unpack(package, folder)
+    files = sorted(path for path in root.rglob("*.g722") if path.parent.name != SILENCE_FOLDER)
     random.Random(derive_seed(seed, "foreign", language)).shuffle(files)
     left_s = minutes * 60
     for path in files:
@@ -106,7 +129,7 @@ def asterisk_foreign(folder: Path, language: str, minutes: float, seed: int) -> 
         if MIN_CLIP_S <= duration_s <= MAX_CLIP_S:
             left_s -= duration_s
             yield Recording(
-                clip_id=f"{language}/{_key(path)}",
+                clip_id=f"{language}/{path.parent.name}/{path.stem}",
                 text="",
                 speaker_id=f"asterisk-{language}",
                 source=package,
@@ -137,14 +160,14 @@ def librivox(folder: Path) -> Iterator[Recording]:
         )
 
 
-def flite(folder: Path, voice: str, count: int, seed: int) -> Iterator[Recording]:
-    """Yield the grammar in a diphone or HMM voice: unlike the neural voice, and free."""
+def flite(folder: Path, voice: str, texts: Sequence[str]) -> Iterator[Recording]:
+    """Yield sentences in a diphone or HMM voice: unlike the neural voice, and free."""
     packages = [unpack(name, folder) for name in ("flite", "libflite1", "libasound2")]
     (program,) = packages[0].rglob("bin/flite")
     libraries = ":".join({str(path.parent) for p in packages[1:] for path in p.rglob("*.so*")})
     environment = os.environ | {"LD_LIBRARY_PATH": libraries}
     path = folder / f"flite-{voice}.wav"
-    for index, text in enumerate(sentences(count, derive_seed(seed, "flite", voice))):
+    for index, text in enumerate(texts):
         command = [str(program), "-voice", voice, "-t", text, "-o", str(path)]
         subprocess.run(command, check=True, env=environment, capture_output=True)
         wave, rate_hz = sf.read(path, dtype="float32")
@@ -160,6 +183,7 @@ def flite(folder: Path, voice: str, count: int, seed: int) -> Iterator[Recording
 
 
 def _asterisk_texts(root: Path) -> dict[str, str]:
+    """Return transcripts by file name, leaving out those with stage directions or digits."""
     (path,) = root.rglob("core-sounds-en.txt.gz")
     lines = gzip.decompress(path.read_bytes()).decode("utf-8", "replace").splitlines()
     entries = (line.partition(":") for line in lines if not line.startswith(";"))
@@ -170,8 +194,8 @@ def _asterisk_texts(root: Path) -> dict[str, str]:
     }
 
 
-def _key(path: Path) -> str:
-    return path.stem
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[a-z']+", text.lower()))
 
 
 def _read_g722(path: Path) -> NDArray[np.float32]:
