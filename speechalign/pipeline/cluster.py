@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,7 +49,15 @@ def connected() -> Iterator[None]:
             log_to_driver=False,
         )
         logger.info("started Ray on this machine with %d CPUs", os.cpu_count() or 1)
+    _quiet_data_progress()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_data_progress() -> None:
+    """Show Ray Data's bars to people only; a log gets a line a block from the pipeline."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()

@@ -238,6 +238,7 @@ class _Tally:
             lengths: Any = pc.binary_length(batch["waveform_pcm"])
             self.counts["empty"] += _sum(pc.equal(lengths, pa.scalar(0, lengths.type)))
         self.counts["rows"] += batch.num_rows
+        LOGGER.info("%d rows so far", self.counts["rows"])
         self.counts["truncated"] += _sum(batch["is_truncated"])
         self.counts["tokens"] += _sum(pc.list_value_length(batch["token_ids"]))
         return batch
