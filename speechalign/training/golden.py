@@ -34,6 +34,11 @@ class GoldenSet:
     by_speaker: dict[str, tuple[int, ...]]
     codec_fingerprint: str
 
+    def spread(self, count: int) -> list[int]:
+        """Return up to `count` row indices, evenly over the table and so over its sources."""
+        size = len(self.clips)
+        return np.linspace(0, size - 1, min(count, size)).astype(int).tolist()
+
     def companion(self, index: int, min_frames: int, *seed: str | int) -> GoldenClip:
         """Return another clip of the same speaker, of at least `min_frames` frames.
 

@@ -50,8 +50,8 @@ class ArTask:
 
     def heldout(self, model: nn.Module) -> dict[str, float]:
         """Return the mean loss of held-out speakers saying held-out texts."""
-        count = min(self._config.num_heldout, len(self._heldout.clips))
-        total, tokens = answer_nll(model, self._batch(self._heldout, list(range(count)), 0))
+        rows = self._heldout.spread(self._config.num_heldout)
+        total, tokens = answer_nll(model, self._batch(self._heldout, rows, 0))
         return {"heldout_loss": float(total / tokens)}
 
     def save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:

@@ -63,8 +63,8 @@ class NarTask:
 
     def heldout(self, model: nn.Module) -> dict[str, float]:
         """Return loss and accuracy of each level on held-out speakers."""
-        count = min(self._config.num_heldout, len(self._heldout.clips))
-        codes_BKT, speaker_BKT = self._crops(self._heldout, list(range(count)), 0)
+        rows = self._heldout.spread(self._config.num_heldout)
+        codes_BKT, speaker_BKT = self._crops(self._heldout, rows, 0)
         values: dict[str, float] = {}
         for level in range(1, self._config.model.num_levels):
             total, tokens, right = level_nll(model, codes_BKT, speaker_BKT, level)
