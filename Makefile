@@ -5,7 +5,7 @@ DEMO ?= jobs/align-embedded-cpu.yaml
 RUN ?= runs/demo
 OVERRIDES ?=
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check
 
 setup: .venv/.installed
 
@@ -27,6 +27,3 @@ check: setup
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/codespell speechalign jobs tests docs README.md
-
-bench: setup
-	$(BIN)/speechalign doctor --speak
