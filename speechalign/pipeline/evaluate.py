@@ -37,8 +37,13 @@ def resynthesise(config: AlignConfig, folder: Path) -> None:
     """Decode the recordings of the report's prompts: what the players call the reference."""
     vocabulary = Vocabulary.load(config.policy / VOCABULARY)
     limit = config.evaluation.num_players
-    samples = golden_samples(read_prompts(config, HELDOUT).slice(0, limit), vocabulary)
-    recording = RenderingConfig(source="recording", num_threads=config.rendering.num_threads)
+    prompts = read_prompts(config, HELDOUT).slice(0, limit)
+    samples = golden_samples(prompts, vocabulary)
+    recording = RenderingConfig(
+        source="recording",
+        num_levels=prompts["num_codebooks"][0].as_py(),
+        num_threads=config.rendering.num_threads,
+    )
     whole = config.model_copy(update={"rendering": recording})
     stages = listening_stages(whole, config.policy, ())
     sample_and_judge(samples, stages, folder, keep_audio=True)
