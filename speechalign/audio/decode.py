@@ -3,6 +3,7 @@
 The header is read before the samples: 43 kB of FLAC can hold 57 MB of silence.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from speechalign.errors import DataError
 
 FEWER_FRAMES_ALLOWED = 0.98
 """A file that was cut decodes fewer frames than its header declares."""
+STREAMED_BYTES = 0x7FFFF000
+"""Writers that cannot go back to the header declare no data, or as many bytes as they can."""
 
 
 def read_speech(path: Path, sample_rate_hz: int, limits: AudioLimits) -> NDArray[np.float32]:
@@ -26,7 +29,10 @@ def read_speech(path: Path, sample_rate_hz: int, limits: AudioLimits) -> NDArray
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    if path.suffix.lower() == ".raw":
+        raise DataError(f"{path}: samples without a header; store them as WAV or FLAC")
     try:
+        _check_wav_is_whole(path)
         header = sf.info(path)
         _check_header(path, header, limits)
         samples_NC, rate_hz = sf.read(path, dtype="float32", always_2d=True)
@@ -34,9 +40,6 @@ def read_speech(path: Path, sample_rate_hz: int, limits: AudioLimits) -> NDArray
         raise DataError(f"{path}: not decodable audio ({error.error_string})") from None
     if len(samples_NC) < FEWER_FRAMES_ALLOWED * header.frames:
         raise DataError(f"{path}: {len(samples_NC)} of {header.frames} declared frames; it was cut")
-    declared = _declared_wav_frames(path)
-    if declared is not None and len(samples_NC) < FEWER_FRAMES_ALLOWED * declared:
-        raise DataError(f"{path}: {len(samples_NC)} of {declared} declared frames; it was cut")
     wave_N = samples_NC.mean(axis=1)
     _check_samples(path, wave_N, limits)
     resampled_N = soxr.resample(wave_N, rate_hz, sample_rate_hz)
@@ -65,17 +68,25 @@ def _check_samples(path: Path, wave_N: NDArray[np.float32], limits: AudioLimits)
     peak = float(np.abs(wave_N).max())
     if peak > limits.max_peak:
         raise DataError(f"{path}: peak {peak:.1f}, at most {limits.max_peak}; scale it to 1")
-    if peak < limits.min_peak:
-        raise DataError(f"{path}: silence (peak {peak:.1e})")
+    swing = float(np.abs(wave_N - wave_N.mean()).max())  # a constant offset is not sound
+    if swing < limits.min_peak:
+        raise DataError(f"{path}: silence (peak {swing:.1e})")
 
 
-def _declared_wav_frames(path: Path) -> int | None:
-    """Return the frames that a plain PCM WAV header promises; libsndfile trusts the file size."""
+def _check_wav_is_whole(path: Path) -> None:
+    """Refuse a WAV that is shorter than its data chunk; libsndfile trusts the file's size."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(44)
-    if len(head) < 44 or head[:4] != b"RIFF" or head[12:16] != b"fmt " or head[36:40] != b"data":
-        return None
-    bytes_per_frame = int.from_bytes(head[32:34], "little")
-    data_bytes = int.from_bytes(head[40:44], "little")
-    streamed = data_bytes in (0, 0xFFFFFFFF)  # a writer that could not go back
-    return None if streamed or not bytes_per_frame else data_bytes // bytes_per_frame
+        riff = file.read(12)
+        if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+            return
+        while len(head := file.read(8)) == 8:
+            declared = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                break
+            file.seek(declared + declared % 2, os.SEEK_CUR)
+        else:
+            return  # no data chunk: libsndfile says so
+        present = size - file.tell()
+    if declared < STREAMED_BYTES and present < FEWER_FRAMES_ALLOWED * declared:
+        raise DataError(f"{path}: {present} of {declared} declared bytes; it was cut")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pyarrow.parquet as pq
 
@@ -15,6 +15,7 @@ from speechalign.errors import ConfigError, DataError
 from speechalign.seeds import derive_seed
 
 REQUIRED = ("path", "text", "speaker")
+SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,8 @@ class Recording:
     path: Path
     text: str
     speaker_id: str
+    split: Literal["train", "heldout"] | None = None
+    """What the manifest says; without it the speakers decide."""
 
 
 def read_recordings(config: InputConfig) -> list[Recording]:
@@ -55,8 +58,11 @@ def read_recordings(config: InputConfig) -> list[Recording]:
 def split_of(recording: Recording, num_speakers: int, heldout_share: float, seed: int) -> str:
     """Return `train` or `heldout`; all recordings of a speaker are on one side.
 
-    With a single speaker the recordings themselves are split.
+    With a single speaker the recordings themselves are split. A split that the manifest names
+    is kept as it is.
     """
+    if recording.split is not None:
+        return recording.split
     subject = recording.speaker_id if num_speakers > 1 else recording.clip_id
     is_heldout = derive_seed(seed, "split", subject) % 10_000 < heldout_share * 10_000
     return "heldout" if is_heldout else "train"
@@ -65,28 +71,38 @@ def split_of(recording: Recording, num_speakers: int, heldout_share: float, seed
 def _manifest(path: Path) -> Iterator[Recording]:
     rows = _rows(path)
     for number, row in enumerate(rows, start=1):
-        missing = [name for name in REQUIRED if row.get(name) is None]
-        if missing:
-            raise ConfigError(
-                f"{path}, row {number}: no {', '.join(missing)}; a manifest has path, text, speaker"
-            )
+        _check_row(f"{path}, row {number}", row)
         audio = Path(str(row["path"]))
         yield Recording(
             clip_id=str(row.get("id") or row["path"]),
             path=audio if audio.is_absolute() else path.parent / audio,
-            text=str(row["text"]),
+            text="" if row["text"] is None else str(row["text"]),  # left out later, with a reason
             speaker_id=str(row["speaker"]),
+            split=cast(Literal["train", "heldout"] | None, row.get("split") or None),
         )
+
+
+def _check_row(where: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: not an object with path, text, speaker")
+    missing = [name for name in REQUIRED if name not in row]
+    missing += [name for name in ("path", "speaker") if name in row and not row[name]]
+    if missing:
+        raise ConfigError(f"{where}: no {', '.join(missing)}; a manifest has path, text, speaker")
+    if None in row:  # where the csv module puts cells without a column
+        raise ConfigError(f"{where}: more cells than columns; quote texts that have commas")
+    if row.get("split") and row["split"] not in SPLITS:
+        raise ConfigError(f"{where}: split {row['split']!r} is neither train nor heldout")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
         match path.suffix.lower():
             case ".jsonl":
-                lines = path.read_text().splitlines()
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
                 return [json.loads(line) for line in lines if line.strip()]
             case ".csv":
-                with path.open(newline="") as file:
+                with path.open(newline="", encoding="utf-8-sig") as file:
                     return list(csv.DictReader(file))
             case ".parquet":
                 return pq.read_table(path).to_pylist()
@@ -100,7 +116,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _librispeech(root: Path) -> Iterator[Recording]:
     for transcript in sorted(root.rglob("*.trans.txt")):
-        for line in transcript.read_text().splitlines():
+        for line in filter(None, _text_of(transcript).splitlines()):
             clip_id, _, text = line.partition(" ")
             path = transcript.parent / f"{clip_id}.flac"
             speaker = clip_id.partition("-")[0]
@@ -113,7 +129,7 @@ def _libritts(root: Path) -> Iterator[Recording]:
         yield Recording(
             clip_id=clip_id,
             path=transcript.with_name(f"{clip_id}.wav"),
-            text=transcript.read_text().strip(),
+            text=_text_of(transcript).strip(),
             speaker_id=clip_id.partition("_")[0],
         )
 
@@ -127,7 +143,7 @@ def _vctk(root: Path) -> Iterator[Recording]:
         yield Recording(
             clip_id=clip_id,
             path=next((path for path in paths if path.exists()), paths[0]),
-            text=transcript.read_text().strip(),
+            text=_text_of(transcript).strip(),
             speaker_id=speaker,
         )
 
@@ -136,8 +152,13 @@ def _ljspeech(root: Path) -> Iterator[Recording]:
     metadata = root / "metadata.csv"
     if not metadata.exists():
         return
-    for line in metadata.read_text().splitlines():
+    for line in _text_of(metadata).splitlines():
         clip_id, *texts = line.split("|")
         if texts:
             path = root / "wavs" / f"{clip_id}.wav"
             yield Recording(clip_id=clip_id, path=path, text=texts[-1], speaker_id="ljspeech")
+
+
+def _text_of(path: Path) -> str:
+    """Return a transcript; a byte that is not UTF-8 becomes a character that is refused later."""
+    return path.read_text(encoding="utf-8", errors="replace")

@@ -15,7 +15,8 @@ class InputConfig(Config):
 
     kind: Literal["manifest", "librispeech", "libritts", "vctk", "ljspeech"]
     path: Path
-    """A JSONL, CSV or Parquet file with path, text, speaker; or the root of a corpus."""
+    """A JSONL, CSV or Parquet file with path, text, speaker (and id, split: train or heldout); or
+    the root of a corpus."""
 
 
 class AudioLimits(Config):

@@ -1,57 +1,54 @@
-"""The plots of a report, as SVG that a page can hold."""
+"""The plots of a report, as SVG that a page can hold. Each is wide enough to read on a phone."""
 
 import io
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 CURVES = (
-    ("margin and accuracy", ("margin", "accuracy", "heldout_margin", "heldout_accuracy")),
-    (
-        "log-probability a token",
-        (
-            "chosen_logprob",
-            "rejected_logprob",
-            "heldout_chosen_logprob",
-            "heldout_rejected_logprob",
-        ),
-    ),
-    ("loss", ("loss", "heldout_loss")),
+    ("accuracy", ("accuracy",)),
+    ("margin", ("margin",)),
+    ("log-probability a token", ("chosen_logprob", "rejected_logprob")),
+    ("loss", ("loss",)),
 )
-COLOURS = ("#0b5cad", "#b3400b", "#0b5cad", "#b3400b")
+COLOURS = ("#0b5cad", "#b3400b")
+HELDOUT = "heldout_"
 
 
-def training_curves(metrics: Sequence[Mapping[str, float]], title: str) -> str:
-    """Return the curves of one preference training; held-out values have markers."""
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(CURVES))
-    for axis, (name, keys) in zip(axes, CURVES, strict=True):
-        for index, key in enumerate(keys):
-            points = [(row["step"], row[key]) for row in metrics if key in row]
-            if points:
-                is_heldout = key.startswith("heldout")
-                axis.plot(
-                    *zip(*points, strict=True),
-                    color=COLOURS[index % len(COLOURS)],
-                    marker="o" if is_heldout else "",
-                    linewidth=1.8 if is_heldout else 0.9,
-                    alpha=1.0 if is_heldout else 0.55,
-                    label=key.replace("_", " "),
-                )
+def training_curves(metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return the curves of one preference training; held-out values have markers.
+
+    A key that no row has makes no curve, and a plot without curves is left out.
+    """
+    plots: list[str] = []
+    for name, keys in CURVES:
+        figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+        axis = figure.subplots()
+        for colour, key in zip(COLOURS, keys, strict=False):
+            label = key.replace("_logprob", "")
+            trained, heldout = _points(metrics, key), _points(metrics, HELDOUT + key)
+            if trained:
+                axis.plot(*zip(*trained, strict=True), color=colour, linewidth=0.9, alpha=0.55,
+                          label=f"{label}, trained on")  # fmt: skip
+            if heldout:
+                axis.plot(*zip(*heldout, strict=True), color=colour, linewidth=1.8, marker="o",
+                          label=f"{label}, held out")  # fmt: skip
+        if not axis.lines:
+            continue
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("update")
         axis.grid(alpha=0.25)
-        if axis.lines:
-            axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=11)
-    return _svg(figure)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        plots.append(_svg(figure, f"{name} over the updates"))
+    return plots
 
 
 def metric_over_iterations(
     names: Sequence[str], values: Sequence[tuple[float, float, float]], label: str
 ) -> str:
-    """Return one metric with its intervals, system by system."""
+    """Return one metric with its intervals, system by system; values are as they are shown."""
     figure = Figure(figsize=(3.6, 2.6), layout="constrained")
     axis = figure.subplots()
     centres = [value for value, _, _ in values]
@@ -64,24 +61,32 @@ def metric_over_iterations(
     axis.set_title(label, fontsize=10)
     axis.grid(alpha=0.25)
     axis.margins(x=0.2)
-    return _svg(figure)
+    return _svg(figure, f"{label}, system by system")
 
 
 def time_split(seconds: Mapping[str, float]) -> str:
     """Return where the time of a pipeline's actors went."""
-    figure = Figure(figsize=(6, 0.5 + 0.35 * len(seconds)), layout="constrained")
+    figure = Figure(figsize=(6, 0.8 + 0.35 * len(seconds)), layout="constrained")
     axis = figure.subplots()
-    bars = axis.barh(list(seconds), list(seconds.values()), color=COLOURS[0])
+    bars = axis.barh(
+        [name.replace("_", " ") for name in seconds], list(seconds.values()), color=COLOURS[0]
+    )
     axis.bar_label(bars, fmt="%.0f s", padding=3, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("actor seconds")
     axis.margins(x=0.15)
-    return _svg(figure)
+    return _svg(figure, "seconds that the actors of each stage worked")
 
 
-def _svg(figure: Figure) -> str:
+def _points(metrics: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in metrics if key in row and "step" in row]
+
+
+def _svg(figure: Figure, description: str) -> str:
+    """Return the drawing with a name for people who cannot see it."""
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "speechalign"}):
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    label = f'<svg role="img" aria-label="{escape(description)}"'
+    return text[text.index("<svg") :].replace("<svg", label, 1)

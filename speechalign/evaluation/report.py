@@ -65,7 +65,7 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         facts=inputs.facts,
         table=table_rows([*inputs.ceilings, *inputs.iterations], inputs.difference),
         metric_plots=_metric_plots(inputs.iterations),
-        training_plots=[training_curves(rows, title) for title, rows in inputs.trainings],
+        trainings=[(title, training_curves(rows)) for title, rows in inputs.trainings],
         time_plot=time_split(inputs.stage_seconds) if inputs.stage_seconds else "",
         listening=[_for_page(item) for item in inputs.listening],
     )
@@ -78,7 +78,11 @@ def _metric_plots(iterations: Sequence[Summary]) -> list[str]:
     plots: list[str] = []
     for metric in METRICS:
         estimates = [summary.estimates.get(metric.key) for summary in iterations]
-        values = [(e.value, e.low, e.high) for e in estimates if e is not None]
+        values = [
+            (metric.scale * e.value, metric.scale * e.low, metric.scale * e.high)
+            for e in estimates
+            if e is not None
+        ]
         if len(values) == len(iterations):
             plots.append(metric_over_iterations([s.name for s in iterations], values, metric.label))
     return plots

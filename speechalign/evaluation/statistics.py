@@ -51,6 +51,25 @@ def ratio_difference(
     return _estimate(value, difference_R)
 
 
+def relative_change(
+    before: tuple[NDArray[np.float64], NDArray[np.float64]],
+    after: tuple[NDArray[np.float64], NDArray[np.float64]],
+    num_resamples: int,
+) -> Estimate | None:
+    """Return (after - before) / before over the same prompts: -0.15 is 15 % lower.
+
+    There is none where before is zero in the data or in a resample: the ratio has no interval.
+    """
+    (before_totals_P, before_counts_P), (after_totals_P, after_counts_P) = before, after
+    before_R = _resampled_ratio(before_totals_P, before_counts_P, num_resamples)
+    if not before_totals_P.sum() or not before_R.all():
+        return None
+    after_R = _resampled_ratio(after_totals_P, after_counts_P, num_resamples)
+    before_value = before_totals_P.sum() / before_counts_P.sum()
+    value = after_totals_P.sum() / after_counts_P.sum() / before_value - 1.0
+    return _estimate(value, after_R / before_R - 1.0)
+
+
 def _resampled_ratio(
     totals_P: NDArray[np.float64], counts_P: NDArray[np.float64], num_resamples: int
 ) -> NDArray[np.float64]:

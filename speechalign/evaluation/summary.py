@@ -1,19 +1,29 @@
 """Judged samples to one line of a table.
 
-A failed judgement is left out and counted; it is never a zero. A paired difference uses the
-prompts that both sides have measured.
+A failed judgement, null or not a finite number, is left out and counted; it is never a zero.
+Samples of one prompt are one entry, so that resampling keeps them together. A paired difference
+uses the prompts that both sides have measured.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from speechalign.errors import DataError
-from speechalign.evaluation.statistics import Estimate, ratio_difference, ratio_estimate
+from speechalign.evaluation.statistics import (
+    Estimate,
+    ratio_difference,
+    ratio_estimate,
+    relative_change,
+)
+
+Ratios: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""What is summed and what it is divided by, an entry a prompt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +37,20 @@ class Metric:
     count: str | None = None
     """The judged column that it is divided by; without one, the number of prompts."""
     is_percent: bool = False
+    is_error: bool = False
     digits: int = 2
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by to be shown."""
+        return 100.0 if self.is_percent else 1.0
 
 
 METRICS = (
     Metric(key="wer", label="WER %", total="eval_word_errors", count="eval_words",
-           is_percent=True, digits=1),
-    Metric(key="cer", label="CER %", total="eval_cer", is_percent=True, digits=1),
+           is_percent=True, is_error=True, digits=1),
+    Metric(key="cer", label="CER %", total="eval_cer", is_percent=True, is_error=True,
+           digits=1),
     Metric(key="sim", label="SIM", total="speaker_similarity", digits=3),
     Metric(key="distillmos", label="DistillMOS", total="distillmos"),
     Metric(key="dnsmos", label="DNSMOS", total="dnsmos"),
@@ -50,7 +67,7 @@ class Summary:
     num_prompts: int
     estimates: Mapping[str, Estimate]
     missing: Mapping[str, int]
-    """Prompts without a measurement, per metric."""
+    """Samples without a measurement, per metric."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -82,26 +99,30 @@ def summarise(name: str, judged: pa.Table, num_resamples: int) -> Summary:
         measured = _measured(judged, metric)
         if measured is None:
             continue
-        missing[metric.key] = judged.num_rows - len(measured)
-        if measured:
-            totals_P, counts_P = _arrays(list(measured.values()))
+        by_prompt, missing[metric.key] = measured
+        if by_prompt:
+            totals_P, counts_P = _arrays(list(by_prompt.values()))
             estimates[metric.key] = ratio_estimate(totals_P, counts_P, num_resamples)
-    return Summary(name=name, num_prompts=judged.num_rows, estimates=estimates, missing=missing)
+    num_prompts = len(set(judged["prompt_id"].to_pylist()))
+    return Summary(name=name, num_prompts=num_prompts, estimates=estimates, missing=missing)
 
 
 def compare(before: pa.Table, after: pa.Table, num_resamples: int) -> dict[str, Estimate]:
     """Return after minus before for every metric, over the prompts that both have measured."""
-    differences: dict[str, Estimate] = {}
-    for metric in METRICS:
-        left, right = _measured(before, metric), _measured(after, metric)
-        both = sorted((left or {}).keys() & (right or {}).keys())
-        if left and right and both:
-            differences[metric.key] = ratio_difference(
-                _arrays([left[id_] for id_ in both]),
-                _arrays([right[id_] for id_ in both]),
-                num_resamples,
-            )
-    return differences
+    pairs = {metric.key: _paired(before, after, metric) for metric in METRICS}
+    return {key: ratio_difference(*pair, num_resamples) for key, pair in pairs.items() if pair}
+
+
+def relative_error_change(
+    before: pa.Table, after: pa.Table, num_resamples: int
+) -> dict[str, Estimate]:
+    """Return (after - before) / before of the error rates, over the prompts that both have.
+
+    The other metrics have no zero that a share could be taken of.
+    """
+    pairs = {metric.key: _paired(before, after, metric) for metric in METRICS if metric.is_error}
+    changes = {key: relative_change(*pair, num_resamples) for key, pair in pairs.items() if pair}
+    return {key: change for key, change in changes.items() if change is not None}
 
 
 def text_table(summaries: Sequence[Summary], difference: Mapping[str, Estimate]) -> str:
@@ -127,7 +148,11 @@ def table_rows(summaries: Sequence[Summary], difference: Mapping[str, Estimate])
     present = [m for m in METRICS if any(m.key in s.estimates for s in summaries)]
     rows = [["system", "prompts", *(metric.label for metric in present)]]
     for summary in summaries:
-        cells = [_cell(summary.estimates.get(metric.key), metric) for metric in present]
+        cells = [
+            _cell(summary.estimates.get(metric.key), metric)
+            + _missing(summary.missing.get(metric.key, 0))
+            for metric in present
+        ]
         rows.append([summary.name, str(summary.num_prompts), *cells])
     if difference:
         cells = [_cell(difference.get(metric.key), metric, signed=True) for metric in present]
@@ -142,16 +167,32 @@ def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
 def _cell(estimate: Estimate | None, metric: Metric, *, signed: bool = False) -> str:
     if estimate is None:
         return "not measured"
-    scale = 100.0 if metric.is_percent else 1.0
     sign = "+" if signed else ""
     value, low, high = (
-        f"{scale * number:{sign}.{metric.digits}f}"
+        f"{metric.scale * number:{sign}.{metric.digits}f}"
         for number in (estimate.value, estimate.low, estimate.high)
     )
     return f"{value} [{low}, {high}]"
 
 
-def _measured(judged: pa.Table, metric: Metric) -> dict[str, tuple[float, float]] | None:
+def _missing(count: int) -> str:
+    return f" ({count} missing)" if count else ""
+
+
+def _paired(before: pa.Table, after: pa.Table, metric: Metric) -> tuple[Ratios, Ratios] | None:
+    """Return the sums and counts of the prompts that both have measured, in one order."""
+    measured = _measured(before, metric), _measured(after, metric)
+    left, right = ({} if one is None else one[0] for one in measured)
+    both = sorted(left.keys() & right.keys())
+    if not both:
+        return None
+    return _arrays([left[id_] for id_ in both]), _arrays([right[id_] for id_ in both])
+
+
+def _measured(
+    judged: pa.Table, metric: Metric
+) -> tuple[dict[str, tuple[float, float]], int] | None:
+    """Return sum and count per prompt, and the number of samples that have no measurement."""
     if metric.total == "stopped":
         values = [0.0 if cut else 1.0 for cut in judged["is_truncated"].to_pylist()]
     elif metric.total in judged.column_names:
@@ -161,15 +202,17 @@ def _measured(judged: pa.Table, metric: Metric) -> dict[str, tuple[float, float]
     ones = [1.0] * judged.num_rows
     counts = judged[metric.count].to_pylist() if metric.count else ones
     ids: list[Any] = judged["prompt_id"].to_pylist()
-    return {
-        id_: (value, count)
-        for id_, value, count in zip(ids, values, counts, strict=True)
-        if value is not None and count is not None
-    }
+    by_prompt: dict[str, tuple[float, float]] = {}
+    num_missing = 0
+    for id_, value, count in zip(ids, values, counts, strict=True):
+        if value is None or not math.isfinite(value) or not count:
+            num_missing += 1
+        else:
+            total, number = by_prompt.get(id_, (0.0, 0.0))
+            by_prompt[id_] = (total + value, number + count)
+    return by_prompt, num_missing
 
 
-def _arrays(
-    pairs: Sequence[tuple[float, float]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _arrays(pairs: Sequence[tuple[float, float]]) -> Ratios:
     totals_P, counts_P = np.asarray(pairs, dtype=np.float64).T
     return totals_P, counts_P

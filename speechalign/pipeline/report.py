@@ -5,6 +5,8 @@ import os
 import platform
 import subprocess
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,10 +17,12 @@ from speechalign.config.align import AlignConfig
 from speechalign.config.load import config_hash
 from speechalign.errors import DataError
 from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
+from speechalign.evaluation.statistics import Estimate
 from speechalign.evaluation.summary import (
     Summary,
     compare,
     markdown_table,
+    relative_error_change,
     summarise,
     text_table,
 )
@@ -45,9 +49,10 @@ def write_run_report(config: AlignConfig) -> Path:
         ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples))
     first, last = next(iter(tables.values())), list(tables.values())[-1]
     difference = compare(first, last, resamples) if len(tables) > 1 else {}
+    relative = relative_error_change(first, last, resamples) if len(tables) > 1 else {}
     inputs = ReportInputs(
         title="SpeechAlign: before and after",
-        facts=_facts(config),
+        facts=_facts(config) | _relative_facts(relative),
         ceilings=ceilings,
         iterations=iterations,
         difference=difference,
@@ -62,9 +67,8 @@ def write_run_report(config: AlignConfig) -> Path:
     result = {
         "facts": inputs.facts,
         "systems": [summary.to_json() for summary in systems],
-        "difference": {
-            key: {"value": e.value, "low": e.low, "high": e.high} for key, e in difference.items()
-        },
+        "difference": {key: asdict(estimate) for key, estimate in difference.items()},
+        "relative_change": {key: asdict(estimate) for key, estimate in relative.items()},
     }
     write_json_atomically(run / "result.json", result)
     return run / "report.html"
@@ -126,6 +130,14 @@ def _facts(config: AlignConfig) -> dict[str, str]:
             else "not compared"
         )
     return facts
+
+
+def _relative_facts(relative: Mapping[str, Estimate]) -> dict[str, str]:
+    return {
+        f"{key.upper()}, relative change": f"{100 * e.value:+.1f} % "
+        f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
+        for key, e in relative.items()
+    }
 
 
 def _commit() -> str:

@@ -92,7 +92,7 @@ def golden_pair(
     """Return the recording preferred to one sample of the group."""
     usable = [s for s in group if not (config.drop_truncated and s.sample.is_truncated)]
     if not usable:
-        return Dropped(prompt_id, DropReason.TRUNCATED)
+        return Dropped(prompt_id, DropReason.TRUNCATED if group else DropReason.EMPTY)
     rejected = usable[0]
     if config.golden_rejected == "worst":
         ranked = _ranking(usable)
@@ -111,18 +111,27 @@ def ranked_pairs(
     usable = [s for s in group if not (config.drop_truncated and s.sample.is_truncated)]
     ranking = _ranking(usable)
     if len(ranking) < 2:
-        reason = DropReason.TRUNCATED if len(usable) < 2 else DropReason.UNMEASURED
-        return [Dropped(prompt_id, reason)]
+        return [Dropped(prompt_id, _why_too_few(group, usable))]
     choosable = [entry for entry in ranking if not entry[1].sample.is_truncated]
+    if not choosable:
+        return [Dropped(prompt_id, DropReason.TRUNCATED)]
     outcomes: list[PreferencePair | Dropped] = []
     for rank in range(min(config.ranked_per_group, len(ranking) // 2, len(choosable))):
         (high, best), (low, worst) = choosable[rank], ranking[-1 - rank]
         if high - low < config.min_margin:
             break
-        if best.sample.token_ids != worst.sample.token_ids:
-            answer = best.sample.token_ids
+        answer = best.sample.token_ids
+        if answer == worst.sample.token_ids:
+            outcomes.append(Dropped(prompt_id, DropReason.IDENTICAL))
+        else:
             outcomes.append(_pair(PairKind.RANKED, rank, answer, worst.sample, high - low))
     return outcomes or [Dropped(prompt_id, DropReason.TIED)]
+
+
+def _why_too_few(group: Sequence[ScoredSample], usable: Sequence[ScoredSample]) -> DropReason:
+    if len(group) < 2:
+        return DropReason.EMPTY  # nothing to compare with, whatever the judges say
+    return DropReason.TRUNCATED if len(usable) < 2 else DropReason.UNMEASURED
 
 
 def _ranking(group: Sequence[ScoredSample]) -> list[tuple[float, ScoredSample]]:

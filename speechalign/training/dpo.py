@@ -70,7 +70,7 @@ def train_dpo(config: DpoTrainingConfig, paths: DpoPaths) -> None:
 
     Raises:
         ConfigError: too few pairs for the workers.
-        Diverged: the loss stopped being finite, or no look was better than the start.
+        Diverged: the loss stopped being finite.
         LogprobMismatch: the loss at step 0 is not that of an unmoved policy.
     """
     pairs = read_pairs(paths.pairs)
@@ -82,7 +82,9 @@ def train_dpo(config: DpoTrainingConfig, paths: DpoPaths) -> None:
         )
     if config.pairs_per_step < config.workers.num_workers:
         raise ConfigError("pairs_per_step is lower than the number of workers; raise it")
-    cached_reference_logprobs(paths.reference, pairs, paths.work / "reference")
+    cached_reference_logprobs(
+        paths.reference, pairs, paths.work / "reference", config.engine.precision
+    )
     settings = {
         "config": config.model_dump(mode="json"),
         "paths": {
@@ -110,7 +112,8 @@ def split_pairs(
         is_heldout = derive_seed(config.seed, "heldout", pair.prompt_id) % 10_000 < limit
         (heldout if is_heldout else train).append(pair)
     if not heldout:  # a handful of pairs, by chance all on one side
-        heldout.append(train[-1])
+        heldout = [pair for pair in train if pair.prompt_id == train[-1].prompt_id]
+        train = [pair for pair in train if pair.prompt_id != train[-1].prompt_id]
     return train, heldout
 
 
@@ -120,6 +123,9 @@ def dpo_worker(settings: dict[str, Any]) -> None:
     paths = DpoPaths(**{name: Path(value) for name, value in settings["paths"].items()})
     torch.manual_seed(derive_seed(config.seed, "dpo"))
     trainer = _DpoTrainer(config, paths)
+    if world()[0] == 0:  # a killed training starts over: its metrics are not this one's
+        (paths.work / "metrics.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(paths.work / "tensorboard", ignore_errors=True)
     with MetricsWriter(paths.work, is_writer=world()[0] == 0) as metrics:
         trainer.run(metrics)
     if world()[0] == 0:
@@ -135,7 +141,7 @@ class _DpoTrainer:
         self._policy: LoadedPolicy = load_ar(paths.policy, dtype="fp32")
         pairs = read_pairs(paths.pairs)
         self._reference = cached_reference_logprobs(
-            paths.reference, pairs, paths.work / "reference"
+            paths.reference, pairs, paths.work / "reference", config.engine.precision
         )
         self._train, self._heldout = split_pairs(pairs, config)
         lengths = [len(p.chosen_token_ids) + len(p.rejected_token_ids) for p in self._train]
@@ -152,13 +158,16 @@ class _DpoTrainer:
         start = self._look(metrics)
         if self._paths.policy == self._paths.reference:
             self._check_step0(start)
+        self._early_stop.see(start)  # a policy worse than the start is never the best
+        self._keep_if_best()
         for micro in range(self._num_updates * self._config.engine.num_accumulated):
             values = self._update(self._plan.batch(micro))
             step = self._engine.step_index
             if (micro + 1) % self._config.engine.num_accumulated:
                 continue
             metrics.write(step, values)
-            if step % self._config.early_stop.every == 0 or step == self._num_updates:
+            is_last = micro + 1 == self._num_updates * self._config.engine.num_accumulated
+            if step % self._config.early_stop.every == 0 or is_last:
                 reason = self._early_stop.see(self._look(metrics))
                 self._keep_if_best()
                 if reason is not None:
@@ -171,10 +180,10 @@ class _DpoTrainer:
         best = self._early_stop.best
         kept = self._paths.work / "best"
         if best is None or not is_committed(kept):
-            raise Diverged(
-                f"no policy was worth keeping ({self._stop_reason}); lower the learning rate or "
-                "raise sft_weight"
-            )
+            raise Diverged(f"the start itself was not worth keeping ({self._stop_reason})")
+        if best.step == 0:
+            self._stop_reason = f"nothing was better than the start: {self._stop_reason}"
+            logger.warning("%s; the new policy has the old weights", self._stop_reason)
         facts = manifest_facts(kept) | {
             "stop_reason": self._stop_reason,
             "num_updates": self._engine.step_index,
@@ -237,7 +246,7 @@ class _DpoTrainer:
             reference = self._reference_of(mine, policy)
             values = _local_means(dpo_loss(policy, reference, self._config.loss), policy, reference)
             names = list(values)
-            row = torch.tensor([*values.values(), 1.0]) * weight
+            row = torch.tensor([*values.values(), 1.0], device=self._engine.device) * weight
             sums = row if sums is None else sums + row
         self._engine.unwrapped.train()
         assert sums is not None  # noqa: S101 - the split never leaves the held-out side empty
@@ -309,5 +318,6 @@ def _means(output: DpoOutput, policy: PairLogprobs, reference: PairLogprobs) -> 
     """Return means over the pairs of all ranks."""
     values = _local_means(output, policy, reference)
     count = len(output.loss_B)
-    totals = global_sum(torch.tensor([*values.values(), 1.0]) * count)
+    row = torch.tensor([*values.values(), 1.0], device=output.loss_B.device)  # NCCL takes no other
+    totals = global_sum(row * count)
     return {name: float(totals[i] / totals[-1]) for i, name in enumerate(values)}

@@ -45,7 +45,3 @@ class EarlyStop:
                 f"{self.best.loss:.4f} of step {self.best.step} for {self._looks_since_best} looks"
             )
         return None
-
-    def is_best(self, look: Look) -> bool:
-        """Whether a look is the best one so far."""
-        return self.best is look

@@ -107,8 +107,9 @@ class Engine:
         """Add the gradient of a micro-batch; every `num_accumulated`-th call moves the weights."""
         self._set_learning_rates()
         self._engine.backward(loss)
+        moves = self._engine.is_gradient_accumulation_boundary()  # of this micro-batch: ask first
         self._engine.step()
-        if self._engine.is_gradient_accumulation_boundary():
+        if moves:
             self.step_index += 1
 
     def discard_gradients(self) -> None:

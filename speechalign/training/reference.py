@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,8 @@ from speechalign.training.collate import AnswerBatch, collate_answers
 from speechalign.training.losses import PairLogprobs
 from speechalign.types import PreferencePair, Sample
 
+Precision: TypeAlias = Literal["fp32", "bf16"]
+
 logger = logging.getLogger(__name__)
 
 TABLE = "reference.parquet"
@@ -37,13 +40,21 @@ PAIRS_PER_BATCH = 8
 
 
 def cached_reference_logprobs(
-    policy_folder: Path, pairs: Sequence[PreferencePair], folder: Path
+    policy_folder: Path, pairs: Sequence[PreferencePair], folder: Path, precision: Precision
 ) -> dict[str, tuple[float, float]]:
-    """Return {pair_id: (chosen, rejected)} summed log-probabilities under a frozen policy."""
-    key = _key(policy_folder, pairs)
+    """Return {pair_id: (chosen, rejected)} summed log-probabilities under a frozen policy.
+
+    Args:
+        policy_folder: the reference.
+        pairs: what to score.
+        folder: where the answer is kept.
+        precision: of the training; bf16 moves a sum over a hundred tokens by half a nat, which
+            would look like a policy that moved before its first update.
+    """
+    key = _key(policy_folder, pairs, precision)
     if not (is_committed(folder) and verify_folder(folder).get("key") == key):
         with committed_folder(folder, {"key": key}) as partial:
-            pq.write_table(_compute(policy_folder, pairs), partial / TABLE)
+            pq.write_table(_compute(policy_folder, pairs, precision), partial / TABLE)
     else:
         logger.info("reference log-probs: cached")
     rows = pq.read_table(folder / TABLE).to_pylist()
@@ -106,21 +117,24 @@ def _forward(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _compute(policy_folder: Path, pairs: Sequence[PreferencePair]) -> pa.Table:
+def _compute(
+    policy_folder: Path, pairs: Sequence[PreferencePair], precision: Precision
+) -> pa.Table:
     model = load_ar(policy_folder).model
     ordered = sorted(pairs, key=lambda p: len(p.chosen_token_ids) + len(p.rejected_token_ids))
     rows: list[dict[str, str | float]] = []
     for first in range(0, len(ordered), PAIRS_PER_BATCH):
         batch = ordered[first : first + PAIRS_PER_BATCH]
-        logprobs = pair_logprobs(model, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logprobs = pair_logprobs(model, batch)
         chosen, rejected = logprobs.chosen_B.tolist(), logprobs.rejected_B.tolist()
         for pair, high, low in zip(batch, chosen, rejected, strict=True):
             rows.append({"pair_id": pair.pair_id, "chosen": high, "rejected": low})
     return pa.Table.from_pylist(rows)
 
 
-def _key(policy_folder: Path, pairs: Sequence[PreferencePair]) -> str:
-    digest = hashlib.sha256(sha256_of(policy_folder / MANIFEST).encode())
+def _key(policy_folder: Path, pairs: Sequence[PreferencePair], precision: Precision) -> str:
+    digest = hashlib.sha256(f"{precision} {sha256_of(policy_folder / MANIFEST)}".encode())
     for pair in pairs:
         sides = (pair.prompt_token_ids, pair.chosen_token_ids, pair.rejected_token_ids)
         digest.update(json.dumps([pair.pair_id, *sides]).encode())

@@ -49,7 +49,9 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     return policy.eval(), build_ar(CONFIG, VOCABULARY).eval()
 
 
-def trl_loss(loss_type: str, folder: Path) -> float:
+def trl_loss(
+    loss_type: str, folder: Path, pairs: list[PreferencePair], label_smoothing: float = 0.0
+) -> float:
     from datasets import Dataset
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -71,13 +73,14 @@ def trl_loss(loss_type: str, folder: Path) -> float:
             "chosen_ids": list(pair.chosen_token_ids),
             "rejected_ids": list(pair.rejected_token_ids),
         }
-        for pair in PAIRS
+        for pair in pairs
     ]
     policy, reference = models()
     arguments = trl.DPOConfig(
         output_dir=str(folder),
         beta=BETA,
         loss_type=[loss_type],
+        label_smoothing=label_smoothing,
         use_cpu=True,
         bf16=False,
         report_to=[],
@@ -107,4 +110,17 @@ def test_our_loss_is_trls(loss_type: str, config: DpoLossConfig, tmp_path: Path)
     policy, reference = models()
     with torch.no_grad():
         output = dpo_loss(pair_logprobs(policy, PAIRS), pair_logprobs(reference, PAIRS), config)
-    assert trl_loss(loss_type, tmp_path) == pytest.approx(float(output.loss_B.mean()), rel=1e-5)
+    assert trl_loss(loss_type, tmp_path, PAIRS) == pytest.approx(
+        float(output.loss_B.mean()), rel=1e-5
+    )
+
+
+def test_our_conservative_loss_is_trls_smoothed_one(tmp_path: Path):
+    # TRL's "sigmoid" ignores label_smoothing; its "aot" smooths, and sorts: nothing for one pair
+    policy, reference = models()
+    config = DpoLossConfig(beta=BETA, label_smoothing=0.2)
+    for pair in PAIRS:
+        with torch.no_grad():
+            sides = pair_logprobs(policy, [pair]), pair_logprobs(reference, [pair])
+            ours = float(dpo_loss(*sides, config).loss_B.mean())
+        assert trl_loss("aot", tmp_path, [pair], 0.2) == pytest.approx(ours, rel=1e-5)

@@ -1,5 +1,6 @@
 """DPO on real Ray Train workers with a real DeepSpeed engine."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from speechalign.errors import ConfigError, LogprobMismatch
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.ar import load_ar
 from speechalign.rows import pairs_to_table
-from speechalign.training.dpo import PAIRS, DpoPaths, train_dpo
+from speechalign.training.dpo import PAIRS, DpoPaths, split_pairs, train_dpo
 from speechalign.training.metrics import read_metrics
 from speechalign.training.reference import sampler_difference
 from speechalign.types import PairKind, PreferencePair, Sample
@@ -27,9 +28,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
     return build_tiny_stack(tmp_path_factory.mktemp("stack"))
 
 
-def write_pairs(folder: Path, count: int = 20) -> Path:
+def some_pairs(count: int) -> list[PreferencePair]:
     rng = np.random.default_rng(0)
-    pairs = [
+    return [
         PreferencePair(
             pair_id=f"p{index}",
             kind=PairKind.RANKED,
@@ -43,13 +44,16 @@ def write_pairs(folder: Path, count: int = 20) -> Path:
         )
         for index in range(count)
     ]
+
+
+def write_pairs(folder: Path, pairs: list[PreferencePair]) -> Path:
     with committed_folder(folder, {}) as partial:
         pq.write_table(pairs_to_table(pairs), partial / PAIRS)
     return folder
 
 
-def trained(stack: TinyStack, folder: Path, num_workers: int, zero_stage: int) -> DpoPaths:
-    config = DpoTrainingConfig.model_validate(
+def a_config(num_workers: int, zero_stage: int) -> DpoTrainingConfig:
+    return DpoTrainingConfig.model_validate(
         {
             "num_epochs": 1,
             "pairs_per_step": 4,
@@ -60,9 +64,16 @@ def trained(stack: TinyStack, folder: Path, num_workers: int, zero_stage: int) -
             "workers": {"num_workers": num_workers, "max_failures": 0},
         }
     )
-    pairs = write_pairs(folder / "pairs")
+
+
+def trained(
+    stack: TinyStack, folder: Path, config: DpoTrainingConfig, pairs: list[PreferencePair]
+) -> DpoPaths:
     paths = DpoPaths(
-        policy=stack.ar, reference=stack.ar, pairs=pairs, output=folder / f"policy-{num_workers}"
+        policy=stack.ar,
+        reference=stack.ar,
+        pairs=write_pairs(folder / "pairs", pairs),
+        output=folder / f"policy-{config.workers.num_workers}",
     )
     with connected():
         train_dpo(config, paths)
@@ -70,7 +81,10 @@ def trained(stack: TinyStack, folder: Path, num_workers: int, zero_stage: int) -
 
 
 def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
-    one, two = (trained(stack, tmp_path, num, stage) for num, stage in ((1, 0), (2, 2)))
+    pairs = some_pairs(20)
+    one, two = (
+        trained(stack, tmp_path, a_config(num, stage), pairs) for num, stage in ((1, 0), (2, 2))
+    )
     losses = [
         [row["loss"] for row in read_metrics(paths.work / "metrics.jsonl") if "loss" in row]
         for paths in (one, two)
@@ -84,11 +98,30 @@ def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
     assert load_ar(one.output).facts["policy_version"] == 1
 
 
+def test_a_policy_that_only_gets_worse_leaves_the_start(stack: TinyStack, tmp_path: Path):
+    config = a_config(1, 0)
+    train, heldout = split_pairs(some_pairs(20), config)
+    turned = [
+        replace(
+            pair,
+            chosen_token_ids=pair.rejected_token_ids,
+            rejected_token_ids=pair.chosen_token_ids,
+        )
+        for pair in heldout
+    ]
+    paths = trained(stack, tmp_path, config, train + turned)
+    start, kept = load_ar(stack.ar), load_ar(paths.output)
+    assert (kept.facts["best_step"], kept.facts["policy_version"]) == (0, 1)
+    assert kept.facts["stop_reason"].startswith("nothing was better than the start")
+    for name, tensor in start.model.state_dict().items():
+        torch.testing.assert_close(tensor, kept.model.state_dict()[name], atol=0.0, rtol=0.0)
+
+
 def test_too_few_pairs_are_refused_before_a_worker_starts(stack: TinyStack, tmp_path: Path):
     paths = DpoPaths(
         policy=stack.ar,
         reference=stack.ar,
-        pairs=write_pairs(tmp_path / "pairs", count=3),
+        pairs=write_pairs(tmp_path / "pairs", some_pairs(3)),
         output=tmp_path / "policy",
     )
     with pytest.raises(ConfigError, match="do not fill one step"):

@@ -126,6 +126,98 @@ def test_mistakes_in_a_manifest_are_named(tmp_path: Path):
         read_recordings(InputConfig(kind="manifest", path=tmp_path / "no.jsonl"))
 
 
+def wav_with_a_chunk_before_the_data(path: Path) -> bytes:
+    whole = write(path, tone(2.0)).read_bytes()
+    return whole[:36] + b"LIST" + (3).to_bytes(4, "little") + b"abc\0" + whole[36:]
+
+
+def test_every_kind_of_wav_that_was_cut_is_refused(tmp_path: Path):
+    kinds = {
+        "float": write(tmp_path / "float.wav", tone(2.0), subtype="FLOAT").read_bytes(),
+        "list": wav_with_a_chunk_before_the_data(tmp_path / "list.wav"),
+    }
+    sf.write(tmp_path / "x.wav", tone(2.0), 16000, format="WAVEX")
+    kinds["extensible"] = (tmp_path / "x.wav").read_bytes()
+    for name, data in kinds.items():
+        path = tmp_path / f"cut-{name}.wav"
+        path.write_bytes(data)
+        assert read_speech(path, 16000, LIMITS).shape == (32000,)
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(DataError, match="declared bytes; it was cut"):
+            read_speech(path, 16000, LIMITS)
+
+
+def test_a_wav_that_was_streamed_declares_no_length_and_is_read(tmp_path: Path):
+    path = write(tmp_path / "a.wav", tone())
+    data = bytearray(path.read_bytes())
+    data[40:44] = b"\xff" * 4
+    path.write_bytes(data)
+    assert read_speech(path, 16000, LIMITS).shape == (8000,)
+
+
+def test_a_constant_offset_is_silence(tmp_path: Path):
+    path = write(tmp_path / "a.wav", np.full(16000, 0.5, np.float32))
+    with pytest.raises(DataError, match="silence"):
+        read_speech(path, 16000, LIMITS)
+
+
+def test_samples_without_a_header_are_refused_like_any_bad_file(tmp_path: Path):
+    (tmp_path / "a.raw").write_bytes(b"ab" * 16000)
+    with pytest.raises(DataError, match="without a header"):
+        read_speech(tmp_path / "a.raw", 16000, LIMITS)
+
+
+def manifest(folder: Path, name: str, content: str | bytes) -> list[Recording]:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_recordings(InputConfig(kind="manifest", path=path))
+
+
+def test_a_manifest_may_name_ids_and_splits(tmp_path: Path):
+    csv = "id,path,text,speaker,split\nx,a.wav,one,s,heldout\ny,b.wav,two,s,\n"
+    first, second = manifest(tmp_path, "m.csv", csv)
+    assert (first.clip_id, split_of(first, 9, 0.0, seed=0)) == ("x", "heldout")
+    assert (second.clip_id, split_of(second, 9, 0.0, seed=0)) == ("y", "train")
+
+
+def test_a_manifest_of_a_spreadsheet_with_its_mark_is_read(tmp_path: Path):
+    (found,) = manifest(tmp_path, "m.csv", b"\xef\xbb\xbfpath,text,speaker\na.wav,one,s\n")
+    assert found.text == "one"
+
+
+def test_a_line_separator_in_a_text_does_not_end_a_line(tmp_path: Path):
+    (found,) = manifest(tmp_path, "m.jsonl", '{"path": "a", "text": "a\u2028b", "speaker": "s"}')
+    assert found.text == "a\u2028b"
+
+
+def test_a_missing_transcript_costs_one_recording_not_the_manifest(tmp_path: Path):
+    first = {"path": "a.wav", "text": None, "speaker": "s1"}
+    found = manifest(tmp_path, "m.jsonl", json.dumps(first) + "\n" + json.dumps(ROWS[1]))
+    assert [recording.text for recording in found] == ["", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("m.csv", "path,text,speaker\na.wav,well, then,s\n", "row 1: more cells than columns"),
+        ("m.csv", "path,text,speaker\na.wav,one\n", "row 1: no speaker"),
+        ("m.csv", "path,text,speaker,split\na.wav,one,s,dev\n", "split 'dev' is neither"),
+        ("m.jsonl", '["a.wav", "one", "s"]', "row 1: not an object"),
+    ],
+)
+def test_a_row_that_is_no_recording_is_named(tmp_path: Path, name: str, content: str, reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        manifest(tmp_path, name, content)
+
+
+def test_a_transcript_in_another_encoding_spoils_its_own_line_only(tmp_path: Path):
+    folder = tmp_path / "19" / "198"
+    folder.mkdir(parents=True)
+    (folder / "19-198.trans.txt").write_bytes(b"19-198-0000 CAF\xe9\n\n\n19-198-0001 TEA\n")
+    found = read_recordings(InputConfig(kind="librispeech", path=tmp_path))
+    assert [recording.text for recording in found] == ["CAF\ufffd", "TEA"]
+
+
 def test_all_recordings_of_a_speaker_are_on_one_side():
     recordings = [
         Recording(clip_id=str(i), path=Path("x"), text="x", speaker_id=f"s{i % 40}")

@@ -4,12 +4,19 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from speechalign.evaluation.plots import metric_over_iterations, training_curves
 from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
-from speechalign.evaluation.statistics import Estimate, ratio_difference, ratio_estimate
+from speechalign.evaluation.statistics import (
+    Estimate,
+    ratio_difference,
+    ratio_estimate,
+    relative_change,
+)
 from speechalign.evaluation.summary import (
     Summary,
     compare,
     markdown_table,
+    relative_error_change,
     summarise,
     table_rows,
     text_table,
@@ -67,6 +74,39 @@ def test_a_failed_judgement_is_counted_and_never_a_zero():
     assert "sim" not in summary.estimates
 
 
+def test_a_measurement_that_is_not_a_number_is_missing():
+    summary = summarise("before", judged([4.0, float("nan"), 0.0]), 50)
+    assert summary.estimates["wer"].value == pytest.approx(0.5)
+    assert summary.missing["wer"] == 1
+
+
+def test_a_prompt_without_words_has_no_error_rate():
+    table = judged([1.0, 0.0]).set_column(3, "eval_words", pa.array([4.0, 0.0], pa.float32()))
+    summary = summarise("before", table, 50)
+    assert summary.estimates["wer"] == Estimate(value=0.25, low=0.25, high=0.25)
+    assert summary.missing["wer"] == 1
+
+
+def test_samples_of_one_prompt_are_counted_all_and_resampled_together():
+    table = judged([4.0, 0.0]).set_column(0, "prompt_id", pa.array(["p", "p"]))
+    summary = summarise("before", table, 50)
+    assert summary.estimates["wer"] == Estimate(value=0.5, low=0.5, high=0.5)
+    assert (summary.num_prompts, summary.missing["wer"]) == (1, 0)
+
+
+def test_a_relative_change_is_a_share_of_before():
+    before, after = judged([2.0, 4.0, 4.0]), judged([1.0, 2.0, 2.0])
+    change = relative_error_change(before, after, 50)
+    assert change == {"wer": Estimate(value=-0.5, low=-0.5, high=-0.5)}
+
+
+def test_nothing_is_relative_to_zero():
+    none, one = (np.zeros(3), np.ones(3)), (np.ones(3), np.ones(3))
+    assert relative_change(none, one, 20) is None
+    sparse = (np.array([1.0, 0.0, 0.0]), np.ones(3))
+    assert relative_change(sparse, one, 50) is None
+
+
 def test_before_and_after_are_compared_on_the_prompts_that_both_have():
     difference = compare(judged([4.0, 4.0, None]), judged([2.0, None, 4.0]), 50)
     assert difference["wer"].value == pytest.approx(-0.5)
@@ -80,6 +120,8 @@ def test_a_summary_survives_json():
 def test_the_table_says_what_was_not_measured():
     full = summarise("a", judged([1.0, 1.0]), 20)
     empty = Summary(name="b", num_prompts=2, estimates={}, missing={})
+    lost = summarise("c", judged([1.0, None]), 20)
+    assert table_rows([lost], {})[1][2] == "25.0 [25.0, 25.0] (1 missing)"
     rows = table_rows([full, empty], {"wer": Estimate(value=-0.1, low=-0.2, high=0.0)})
     assert rows[1] == ["a", "2", "25.0 [25.0, 25.0]", "100.0 [100.0, 100.0]"]
     assert rows[2][2] == "not measured"
@@ -105,6 +147,25 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
     page = (tmp_path / "report.html").read_text()
     assert "A &lt;run&gt;" in page
     assert "the dog &amp; cat" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == page.count('<svg role="img" aria-label="') == 6
+    assert '<span class="interval">[' in page
     assert "data:audio/flac;base64," in page
     assert 'src="http' not in page
+
+
+def test_a_curve_is_drawn_for_the_keys_that_a_training_wrote():
+    assert training_curves([{"step": 1, "kl": 0.1}]) == []
+    (plot,) = training_curves([{"step": 0, "heldout_loss": 0.7}, {"step": 1, "loss": 0.7}])
+    assert "loss, trained on" in plot
+    assert "loss, held out" in plot
+
+
+def test_a_plot_shows_percent_where_its_title_says_percent(tmp_path: Path):
+    summary = summarise("before", judged([1.0, 1.0]), 20)
+    inputs = ReportInputs(
+        title="t", facts={}, ceilings=[], iterations=[summary], difference={}, trainings=[],
+        stage_seconds={}, listening=[],
+    )  # fmt: skip
+    write_report(inputs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert metric_over_iterations(["before"], [(25.0, 25.0, 25.0)], "WER %") in page

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from speechalign.config.preferences import PairingConfig
@@ -103,7 +105,7 @@ def test_both_kinds_can_be_made_of_one_group_and_are_counted():
     kinds = (PairKind.GOLDEN, PairKind.RANKED)
     config = PairingConfig(kinds=kinds)
     pairing = make_pairs(groups, {"p0": GOLDEN, "p1": GOLDEN}, config)
-    counts = {"pairs_golden": 2, "pairs_ranked": 1, "dropped_truncated": 1}
+    counts = {"pairs_golden": 2, "pairs_ranked": 1, "dropped_empty": 1}
     assert pairing.counts() == counts
 
 
@@ -111,3 +113,13 @@ def test_no_pair_at_all_stops_the_run_with_the_reasons():
     groups = {"p0": [scored(0.5, index=0), scored(0.5, index=1)]}
     with pytest.raises(DataError, match="dropped_tied': 1"):
         make_pairs(groups, {"p0": GOLDEN}, CONFIG)
+
+
+def test_a_group_is_dropped_for_what_is_wrong_with_it():
+    alone = [scored(0.3)]
+    assert ranked_pairs("p0", alone, CONFIG) == [Dropped("p0", DropReason.EMPTY)]
+    cut = [scored(0.9, index=0, is_truncated=True), scored(0.1, index=1, is_truncated=True)]
+    assert ranked_pairs("p0", cut, CONFIG) == [Dropped("p0", DropReason.TRUNCATED)]
+    twin = replace(scored(0.1), sample=scored(0.9).sample)
+    assert ranked_pairs("p0", [scored(0.9), twin], CONFIG) == [Dropped("p0", DropReason.IDENTICAL)]
+    assert golden_pair("p0", [], GOLDEN, CONFIG) == Dropped("p0", DropReason.EMPTY)

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechalign.config.dpo import DpoTrainingConfig
+from speechalign.config.policy import ArConfig
+from speechalign.policy.ar import build_ar, save_ar
+from speechalign.policy.vocabulary import Vocabulary
+from speechalign.training.dpo import split_pairs
+from speechalign.training.reference import cached_reference_logprobs, pair_logprobs
+from speechalign.types import PairKind, PreferencePair
+
+VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
+FACTS = {"codec_fingerprint": "f", "policy_version": 0, "prefix_frames": 4}
+
+
+def a_pair(prompt_id: str, rank: int = 0) -> PreferencePair:
+    return PreferencePair(
+        pair_id=f"{prompt_id}/{rank}",
+        kind=PairKind.RANKED,
+        prompt_id=prompt_id,
+        policy_version=0,
+        codec_fingerprint="f",
+        prompt_token_ids=(2, 9, 3, 25, 4),
+        chosen_token_ids=(8, 9, 10, 1),
+        rejected_token_ids=(11, 12 + rank, 1),
+        margin=1.0,
+    )
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY)
+    save_ar(tmp_path / "ar", model, VOCABULARY, FACTS)
+    return tmp_path / "ar"
+
+
+def test_the_reference_is_scored_in_the_precision_of_the_training(policy: Path, tmp_path: Path):
+    pairs = [a_pair("p0")]
+    torch.manual_seed(0)
+    model = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trained = float(pair_logprobs(model, pairs).chosen_B)
+    folder = tmp_path / "reference"
+    full = cached_reference_logprobs(policy, pairs, folder, "fp32")["p0/0"][0]
+    half = cached_reference_logprobs(policy, pairs, folder, "bf16")["p0/0"][0]
+    assert half == trained
+    assert full != half
+
+
+def test_the_pairs_of_a_heldout_prompt_are_never_trained_on():
+    pairs = [a_pair(f"p{number}", rank) for number in range(3) for rank in range(2)]
+    train, heldout = split_pairs(pairs, DpoTrainingConfig(heldout_share=0.0001))
+    assert {pair.prompt_id for pair in heldout} == {"p2"}
+    assert {pair.prompt_id for pair in train} == {"p0", "p1"}
