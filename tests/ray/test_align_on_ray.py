@@ -10,8 +10,10 @@ from speechalign.artifacts import verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml
 from speechalign.errors import CorruptArtifact
-from speechalign.pipeline.align import run_align
+from speechalign.pipeline.align import StageName, run_align
 from tests.tiny_stack import TinyStack, build_tiny_stack
+
+STEPS: tuple[StageName, ...] = ("samples", "scored", "pairs")
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -71,6 +73,18 @@ def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, t
     hashes = {path: path.stat().st_mtime_ns for path in sorted(run.rglob("manifest.json"))}
     run_align(config)
     assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob("manifest.json"))} == hashes
+
+
+def test_stages_one_by_one_make_what_one_command_makes(stack: TinyStack, tmp_path: Path):
+    whole, stepwise = recipe(stack, tmp_path / "a"), recipe(stack, tmp_path / "b")
+    run_align(whole, until="pairs")
+    for stage in STEPS:
+        run_align(stepwise, until=stage)
+    tables = [
+        pq.read_table(config.run_dir / "iteration-1" / "pairs" / "pairs.parquet")
+        for config in (whole, stepwise)
+    ]
+    assert tables[0].equals(tables[1])
 
 
 def test_a_damaged_stage_is_found_before_anything_builds_on_it(stack: TinyStack, tmp_path: Path):
