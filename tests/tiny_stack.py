@@ -13,6 +13,7 @@ import torch
 
 from speechalign.codec.embedded import EmbeddedCodec, save_embedded
 from speechalign.codec.embedded_model import EmbeddedModel
+from speechalign.config.align import AlignConfig
 from speechalign.config.codec import EmbeddedModelConfig
 from speechalign.config.policy import ArConfig, NarConfig
 from speechalign.policy.ar import build_ar, save_ar
@@ -59,6 +60,32 @@ def build_tiny_stack(folder: Path, *, num_clips: int = 48) -> TinyStack:
         nar=folder / "nar",
         golden=folder / "golden.parquet",
     )
+
+
+def tiny_recipe(stack: TinyStack, run_dir: Path, **changes: object) -> AlignConfig:
+    """Return a recipe that runs on the stack in half a minute."""
+    small = {"speaker_frames": 8, "max_golden_frames": 100}
+    values: dict[str, object] = {
+        "run_dir": run_dir,
+        "codec": {"kind": "embedded", "path": stack.codec},
+        "golden": stack.golden,
+        "policy": stack.ar,
+        "nar": stack.nar,
+        "prompts": {"split": "train", "num_prompts": 12, **small},
+        "engine": {"kind": "transformers", "max_model_len": 64},
+        "sampling": {"samples_per_prompt": 3, "max_new_tokens": 24},
+        "rendering": {"num_levels": 2},
+        "judges": [{"kind": "signal", "pool": {"num_cpus": 0.1}}],
+        "reward": {"terms": [{"measure": "duration_ratio", "weight": -1.0}]},
+        "pairing": {"kinds": ["golden", "ranked"], "min_margin": 0.01},
+        "training": {"num_epochs": 1, "pairs_per_step": 4, "heldout_share": 0.2,
+                     "max_logprob_difference": 1e-4,
+                     "early_stop": {"every": 2}, "engine": {"learning_rate": 1e-3}},
+        "evaluation": {"prompts": {"split": "heldout", "num_prompts": 6, **small},
+                       "judges": [{"kind": "signal", "pool": {"num_cpus": 0.1}}],
+                       "num_resamples": 50, "num_players": 2},
+    }  # fmt: skip
+    return AlignConfig.model_validate(values | changes)
 
 
 def _golden(num_clips: int, fingerprint: str) -> pa.Table:

@@ -108,7 +108,7 @@ def _clip(item: Spoken, wave_N: Wave) -> Clip:
 
 
 def _measure(judge: Judge, clips: Sequence[Clip]) -> dict[str, float]:
-    answers: list[Mapping[str, float]] = []
+    answers: list[Mapping[str, float | str]] = []
     for clip, answer in zip(clips, judge.judge(clips), strict=True):
         if isinstance(answer, Unmeasured):
             raise BudgetExceeded(f"{judge.name} could not judge {clip.sample_id}: {answer.reason}")
@@ -118,7 +118,7 @@ def _measure(judge: Judge, clips: Sequence[Clip]) -> dict[str, float]:
         name: round(float(np.average(values, weights=_weights(name, num_words))), 4)
         for name in judge.measures
         if name in MEASURES
-        for values in [[answer[name] for answer in answers]]
+        for values in [[float(answer[name]) for answer in answers]]
     }
 
 

@@ -27,6 +27,8 @@ class Player:
     sample_rate_hz: int
     note: str
     """What the evaluation measured of it."""
+    heard: str = ""
+    """What the evaluation's recogniser understood."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,12 @@ def _metric_plots(iterations: Sequence[Summary]) -> list[str]:
 
 def _for_page(item: Listening) -> dict[str, object]:
     players = [
-        {"label": player.label, "note": player.note, "source": _data_url(player)}
+        {
+            "label": player.label,
+            "note": player.note,
+            "heard": player.heard,
+            "source": _data_url(player),
+        }
         for player in item.players
     ]
     return {"text": item.text, "speaker": item.speaker_id, "players": players}

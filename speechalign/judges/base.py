@@ -5,8 +5,8 @@ from typing import Protocol, TypeAlias
 
 from speechalign.types import Clip, Unmeasured
 
-Judgement: TypeAlias = Mapping[str, float] | Unmeasured
-"""One value per measure, or why there is none."""
+Judgement: TypeAlias = Mapping[str, float | str] | Unmeasured
+"""One number per measure and one text per remark, or why there is none."""
 
 SHORTEST_CLIP_S = 0.1
 """Nothing shorter can be speech."""
@@ -22,7 +22,12 @@ class Judge(Protocol):
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The columns of the judgements, in their order."""
+        """The numbers of the judgements, in their order; a column each."""
+        ...
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The texts of the judgements, for people to read; a column each."""
         ...
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:

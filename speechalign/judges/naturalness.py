@@ -19,6 +19,7 @@ class DistillMos:
 
     name = "distillmos"
     measures = ("distillmos",)
+    remarks = ()
 
     def __init__(self, config: DistillMosConfig) -> None:
         with torchaudio_for_import():
@@ -46,6 +47,7 @@ class DnsMos:
 
     name = "dnsmos"
     measures = ("dnsmos",)
+    remarks = ()
 
     def __init__(self, config: DnsMosConfig) -> None:
         from speechmos import dnsmos

@@ -18,6 +18,7 @@ class Signal:
 
     name = "signal"
     measures = ("duration_ratio", "silence_ratio")
+    remarks = ()
 
     def __init__(self, config: SignalConfig) -> None:
         del config  # every judge is built from one

@@ -22,6 +22,7 @@ class SpeakerSimilarity:
 
     name = "speaker"
     measures = ("speaker_similarity",)
+    remarks = ()
 
     def __init__(self, config: SpeakerConfig) -> None:
         import torch

@@ -46,6 +46,7 @@ class Whisper:
         role = config.role
         self.name = f"{role}_recogniser"
         self.measures = (f"{role}_wer", f"{role}_cer", f"{role}_word_errors", f"{role}_words")
+        self.remarks = (f"{role}_transcript",)
         self._config = config
         self._whisper = WhisperModel(
             str(model_folder(config.model)),
@@ -68,7 +69,8 @@ class Whisper:
         for clip, transcript in zip(clips, transcripts, strict=True):
             errors = word_errors(clip.text, transcript)
             values = (errors.wer, errors.cer, errors.word_errors, errors.words)
-            judgements.append(dict(zip(self.measures, map(float, values), strict=True)))
+            numbers = dict(zip(self.measures, map(float, values), strict=True))
+            judgements.append({**numbers, self.remarks[0]: transcript})
         return judgements
 
     def transcribe(self, clips: Sequence[Clip]) -> list[str]:

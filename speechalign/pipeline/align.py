@@ -17,7 +17,7 @@ from speechalign.config.align import AlignConfig
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.evaluate import evaluate_ceiling, evaluate_policy, resynthesise
 from speechalign.pipeline.pair import write_pairs
-from speechalign.pipeline.preflight import check_run
+from speechalign.pipeline.preflight import check_resources, check_run
 from speechalign.pipeline.report import write_run_report
 from speechalign.pipeline.run_directory import RunDirectory, open_run
 from speechalign.pipeline.sample import write_prompts, write_samples, write_scored
@@ -46,6 +46,7 @@ def run_align(config: AlignConfig, *, until: StageName = "report") -> Outcome:
     """
     check_run(config)
     with open_run(config.run_dir, config) as run, connected():
+        check_resources(config)
         run.stage("prompts", lambda folder: write_prompts(config, folder))
         for number in range(1, config.pipeline.iterations + 1):
             iteration = Iteration(config, run, number)

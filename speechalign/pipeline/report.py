@@ -181,4 +181,5 @@ def _player(label: str, row: Row) -> Player:
         pcm=row["waveform_pcm"],
         sample_rate_hz=row["sample_rate_hz"],
         note="" if wer is None else f"WER {100 * wer:.0f} %",
+        heard=row.get("eval_transcript") or "",
     )

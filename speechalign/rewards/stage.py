@@ -25,8 +25,9 @@ CLIP_COLUMNS = [
 class JudgeStage:
     """A plain class: tests call it directly, Ray Data makes actors of it.
 
-    Each measure becomes a nullable float column. A failed judgement is null, and its reason is
-    added to `judge_errors`. `<name>_seconds` is the row's share of the batch's time.
+    Each measure becomes a nullable float column, each remark one of text. A failed judgement is
+    null, and its reason is added to `judge_errors`. `<name>_seconds` is the row's share of the
+    batch's time.
     """
 
     def __init__(self, config: JudgeConfig, judge: Judge | None = None) -> None:
@@ -42,9 +43,11 @@ class JudgeStage:
             _joined(before, judgement.reason) if isinstance(judgement, Unmeasured) else before
             for before, judgement in zip(before_errors, judgements, strict=True)
         ]
-        for measure in self._judge.measures:
-            values = [None if isinstance(j, Unmeasured) else j[measure] for j in judgements]
-            batch = batch.append_column(measure, pa.array(values, pa.float32()))
+        columns = dict.fromkeys(self._judge.measures, pa.float32())
+        columns |= dict.fromkeys(self._judge.remarks, pa.string())
+        for name, kind in columns.items():
+            values = [None if isinstance(j, Unmeasured) else j[name] for j in judgements]
+            batch = batch.append_column(name, pa.array(values, kind))
         index = batch.schema.get_field_index("judge_errors")
         batch = batch.set_column(index, batch.schema.field(index), pa.array(errors, pa.string()))
         share_s = (time.perf_counter() - started_s) / max(1, len(rows))

@@ -7,11 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from speechalign.artifacts import verify_folder
-from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml
-from speechalign.errors import CorruptArtifact
+from speechalign.errors import ConfigError, CorruptArtifact
 from speechalign.pipeline.align import StageName, run_align
-from tests.tiny_stack import TinyStack, build_tiny_stack
+from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 
 STEPS: tuple[StageName, ...] = ("samples", "scored", "pairs")
 
@@ -23,33 +22,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
     return build_tiny_stack(tmp_path_factory.mktemp("stack"))
 
 
-def recipe(stack: TinyStack, run_dir: Path, **changes: object) -> AlignConfig:
-    small = {"speaker_frames": 8, "max_golden_frames": 100}
-    values: dict[str, object] = {
-        "run_dir": run_dir,
-        "codec": {"kind": "embedded", "path": stack.codec},
-        "golden": stack.golden,
-        "policy": stack.ar,
-        "nar": stack.nar,
-        "prompts": {"split": "train", "num_prompts": 12, **small},
-        "engine": {"kind": "transformers", "max_model_len": 64},
-        "sampling": {"samples_per_prompt": 3, "max_new_tokens": 24},
-        "rendering": {"num_levels": 2},
-        "judges": [{"kind": "signal", "pool": {"num_cpus": 0.1}}],
-        "reward": {"terms": [{"measure": "duration_ratio", "weight": -1.0}]},
-        "pairing": {"kinds": ["golden", "ranked"], "min_margin": 0.01},
-        "training": {"num_epochs": 1, "pairs_per_step": 4, "heldout_share": 0.2,
-                     "max_logprob_difference": 1e-4,
-                     "early_stop": {"every": 2}, "engine": {"learning_rate": 1e-3}},
-        "evaluation": {"prompts": {"split": "heldout", "num_prompts": 6, **small},
-                       "judges": [{"kind": "signal", "pool": {"num_cpus": 0.1}}],
-                       "num_resamples": 50, "num_players": 2},
-    }  # fmt: skip
-    return AlignConfig.model_validate(values | changes)
-
-
 def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, tmp_path: Path):
-    config = recipe(stack, tmp_path / "run")
+    config = tiny_recipe(stack, tmp_path / "run")
     outcome = run_align(config)
 
     run = config.run_dir
@@ -76,7 +50,7 @@ def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, t
 
 
 def test_stages_one_by_one_make_what_one_command_makes(stack: TinyStack, tmp_path: Path):
-    whole, stepwise = recipe(stack, tmp_path / "a"), recipe(stack, tmp_path / "b")
+    whole, stepwise = tiny_recipe(stack, tmp_path / "a"), tiny_recipe(stack, tmp_path / "b")
     run_align(whole, until="pairs")
     for stage in STEPS:
         run_align(stepwise, until=stage)
@@ -87,8 +61,19 @@ def test_stages_one_by_one_make_what_one_command_makes(stack: TinyStack, tmp_pat
     assert tables[0].equals(tables[1])
 
 
+def test_more_workers_than_the_machine_has_are_refused_before_anything_is_sampled(
+    stack: TinyStack, tmp_path: Path
+):
+    config = tiny_recipe(stack, tmp_path / "run")
+    workers = config.training.workers.model_copy(update={"num_workers": 500})
+    training = config.training.model_copy(update={"workers": workers})
+    with pytest.raises(ConfigError, match="training wants 500 CPUs for 500 workers"):
+        run_align(config.model_copy(update={"training": training}))
+    assert not (config.run_dir / "prompts").exists()
+
+
 def test_a_damaged_stage_is_found_before_anything_builds_on_it(stack: TinyStack, tmp_path: Path):
-    config = recipe(stack, tmp_path / "run")
+    config = tiny_recipe(stack, tmp_path / "run")
     run_align(config, until="pairs")
     path = config.run_dir / "iteration-1" / "pairs" / "pairs.parquet"
     data = bytearray(path.read_bytes())
@@ -99,6 +84,6 @@ def test_a_damaged_stage_is_found_before_anything_builds_on_it(stack: TinyStack,
 
 
 def test_a_recipe_reads_back_from_its_run(stack: TinyStack, tmp_path: Path):
-    config = recipe(stack, tmp_path / "run")
+    config = tiny_recipe(stack, tmp_path / "run")
     run_align(config, until="samples")
     assert (config.run_dir / "config.yaml").read_text() == dump_yaml(config)

@@ -131,7 +131,13 @@ def test_the_table_says_what_was_not_measured():
 
 
 def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
-    player = Player(label="before", pcm=b"\x00\x10" * 1600, sample_rate_hz=16000, note="WER 7 %")
+    player = Player(
+        label="before",
+        pcm=b"\x00\x10" * 1600,
+        sample_rate_hz=16000,
+        note="WER 7 %",
+        heard="the fog & cat",
+    )
     summary = summarise("before", judged([1.0, 2.0]), 20)
     inputs = ReportInputs(
         title="A <run>",
@@ -147,6 +153,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
     page = (tmp_path / "report.html").read_text()
     assert "A &lt;run&gt;" in page
     assert "the dog &amp; cat" in page
+    assert "<q>the fog &amp; cat</q>" in page
     assert page.count("<svg") == page.count('<svg role="img" aria-label="') == 6
     assert '<span class="interval">[' in page
     assert "data:audio/flac;base64," in page

@@ -44,10 +44,13 @@ class EveryOtherClip:
 
     name = "fake"
     measures = ("loudness",)
+    remarks = ("opinion",)
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         return [
-            {"loudness": float(abs(clip.waveform_N).max())} if index % 2 == 0 else Unmeasured("odd")
+            {"loudness": float(abs(clip.waveform_N).max()), "opinion": "loud"}
+            if index % 2 == 0
+            else Unmeasured("odd")
             for index, clip in enumerate(clips)
         ]
 
@@ -71,5 +74,6 @@ def a_batch() -> pa.Table:
 def test_a_failed_judgement_is_a_null_beside_its_reason():
     judged = JudgeStage(SignalConfig(), EveryOtherClip())(a_batch())
     assert judged["loudness"].to_pylist() == [1.0, None]
+    assert judged["opinion"].to_pylist() == ["loud", None]
     assert judged["judge_errors"].to_pylist() == ["", "earlier: bad; odd"]
     assert judged["fake_seconds"].null_count == 0

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from speechalign.pipeline import doctor
+from speechalign.pipeline.doctor import examine
+from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+
+
+def test_a_machine_that_can_run_a_recipe_hears_it_say_a_sentence(stack: TinyStack, tmp_path: Path):
+    findings = list(examine(tiny_recipe(stack, tmp_path / "run"), speak=True))
+    assert [f.subject for f in findings if not f.is_well and f.is_fatal] == []
+    (engine,) = [f for f in findings if f.subject == "engine"]
+    assert "said" in engine.detail
+
+
+def test_what_is_wrong_is_named_and_the_rest_is_still_looked_at(stack: TinyStack, tmp_path: Path):
+    (tmp_path / "file").touch()
+    recipe = tiny_recipe(
+        stack,
+        tmp_path / "file" / "run",
+        policy=tmp_path / "nowhere",
+        pools={"render": {"num_cpus": 500}},
+    )
+    findings = {f.subject: f for f in examine(recipe, speak=False)}
+    assert "nowhere does not exist" in findings["artifacts"].detail
+    assert "render 500" in findings["ray"].detail
+    assert not findings["storage"].is_well
+
+
+def test_another_version_is_a_warning(monkeypatch: pytest.MonkeyPatch, stack: TinyStack, tmp_path):
+    monkeypatch.setattr(doctor, "TESTED_VERSIONS", {"numpy": "0.1", "no-such-package": "1"})
+    findings = list(examine(tiny_recipe(stack, tmp_path / "run"), speak=False))
+    versions = [f for f in findings if f.subject in {"numpy", "no-such-package"}]
+    assert [(f.is_well, f.is_fatal) for f in versions] == [(False, False)] * 2
+    assert "tested: 0.1" in versions[0].detail
