@@ -34,6 +34,7 @@ from speechalign.config.sampling import (
 )
 from speechalign.errors import ConfigError, DataError, SpeechalignError
 from speechalign.rows import QUARANTINE
+from speechalign.sampling.actor_face import ActorFace
 from speechalign.sampling.rendering import FAILED
 from speechalign.sampling.stages import RenderStage, SampleStage
 
@@ -55,32 +56,6 @@ class Stage:
     arguments: Mapping[str, Any]
     """Of its constructor."""
     pool: PoolConfig
-
-
-class ActorFace:
-    """A stage in its actor, whose errors reach the driver as themselves.
-
-    Ray reports an error of an actor's constructor as a dead actor and a page of text, after
-    three attempts; an error of a call keeps its type. So the first call raises both.
-    """
-
-    def __init__(
-        self, stage: Callable[..., Callable[[pa.Table], pa.Table]], arguments: Mapping[str, Any]
-    ) -> None:
-        try:
-            self._stage = stage(**arguments)
-        except SpeechalignError as error:
-            self._stage = error
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Pass a batch through the stage.
-
-        Raises:
-            SpeechalignError: what the constructor or the call of the stage raised.
-        """
-        if isinstance(self._stage, SpeechalignError):
-            raise self._stage
-        return self._stage(batch)
 
 
 def sample_stage(

@@ -35,7 +35,9 @@ def test_what_is_wrong_is_named_and_the_rest_is_still_looked_at(stack: TinyStack
     assert not findings["storage"].is_well
 
 
-def test_another_version_is_a_warning(monkeypatch: pytest.MonkeyPatch, stack: TinyStack, tmp_path):
+def test_another_version_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, stack: TinyStack, tmp_path: Path
+):
     monkeypatch.setattr(doctor, "TESTED_VERSIONS", {"numpy": "0.1", "no-such-package": "1"})
     findings = list(examine(tiny_recipe(stack, tmp_path / "run"), speak=False))
     versions = [f for f in findings if f.subject in {"numpy", "no-such-package"}]
