@@ -28,7 +28,7 @@ class EarlyStopConfig(Config):
     """Updates between two looks at the held-out pairs."""
     patience: int = Field(default=3, gt=0)
     """Looks without a better held-out loss, after which training stops."""
-    max_chosen_drop: float = Field(default=0.3, gt=0)
+    max_chosen_drop: float = Field(default=0.05, gt=0)
     """Nats per token that held-out chosen answers may lose against the reference."""
 
 

@@ -18,7 +18,9 @@ class JudgeBase(Config):
 class RecogniserConfig(JudgeBase):
     """Speech recognition: what was said, against what should have been.
 
-    Measures: `<role>_wer`, `<role>_cer`, `<role>_word_errors`, `<role>_words`.
+    Measures: `<role>_wer`, `<role>_cer`, `<role>_word_errors`, `<role>_words`, and
+    `<role>_text_logprob`: the mean log-probability of the text's tokens, given the sound. It
+    tells two samples apart where the transcripts do not.
     """
 
     kind: Literal["recogniser"] = "recogniser"
@@ -68,7 +70,7 @@ def judge_measures(config: JudgeConfig) -> tuple[str, ...]:
     """Return the columns that a judge writes, without loading its model."""
     match config:
         case RecogniserConfig():
-            suffixes = ("wer", "cer", "word_errors", "words")
+            suffixes = ("wer", "cer", "word_errors", "words", "text_logprob")
             return tuple(f"{config.role}_{suffix}" for suffix in suffixes)
         case SpeakerConfig():
             return ("speaker_similarity",)

