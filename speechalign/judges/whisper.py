@@ -137,7 +137,7 @@ class Whisper:
         for clip, result, alignment in zip(clips, results, aligned, strict=True):
             words = [id_ for id_ in result.sequences_ids[0] if id_ < tokenizer.eot]
             loops = len(words) > _most_tokens(clip)
-            transcript = "" if loops else tokenizer.decode(words)
+            transcript = "" if loops else tokenizer.decode(words).strip()
             logprob = mean_logprob(alignment.text_token_probs)
             found.append(Heard(transcript=transcript, text_logprob=logprob, loops=loops))
         return found
