@@ -123,7 +123,11 @@ def _facts(config: AlignConfig) -> dict[str, str]:
     pairs = config.run_dir / "iteration-1" / "pairs"
     if is_committed(pairs):
         found = manifest_facts(pairs)
-        facts["pairs"] = ", ".join(f"{k} {v}" for k, v in found.items() if k.startswith("pairs_"))
+        facts["pairs"] = ", ".join(
+            f"{count} {name.removeprefix('pairs_')}"
+            for name, count in found.items()
+            if name.startswith("pairs_")
+        )
         facts["sampler against trainer"] = (
             f"{found['max_logprob_difference']:.1e} nats at most"
             if found["max_logprob_difference"] is not None
