@@ -14,8 +14,8 @@ from speechalign.sampling.prompts import golden_samples
 def evaluate_policy(config: AlignConfig, policy: Path, folder: Path) -> None:
     """Let a policy answer every held-out prompt once, and let the evaluation's judges listen.
 
-    The seeds are those of sampling: before and after answer the same prompts with the same
-    luck, as far as their distributions allow.
+    The seeds are those of sampling, which differ with the policy's version: before and after
+    answer the same prompts, each with luck of its own.
     """
     once = config.sampling.model_copy(update={"samples_per_prompt": 1})
     single = config.model_copy(update={"sampling": once})
