@@ -61,6 +61,7 @@ SAMPLE = pa.schema(
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("temperature", pa.float32(), nullable=False),
         pa.field("is_truncated", pa.bool_(), nullable=False),
     ]
 )
@@ -158,6 +159,7 @@ def sample_from_row(row: Row) -> Sample:
         prompt_token_ids=tuple(row["prompt_token_ids"]),
         token_ids=tuple(row["token_ids"]),
         logprobs=tuple(row["logprobs"]),
+        temperature=row["temperature"],
         is_truncated=row["is_truncated"],
     )
 

@@ -44,6 +44,8 @@ class Sample:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Of the sampler, one per token; the trainer recomputes its own."""
+    temperature: float
+    """It was drawn at; 1 for a recording, which nobody drew."""
     is_truncated: bool
     """Whether the answer hit the length cap, so that it has no stop token."""
 

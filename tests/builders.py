@@ -27,5 +27,6 @@ def a_sample(*, prompt_id: str = "p0", index: int = 0, num_tokens: int = 4) -> S
         prompt_token_ids=(2, 3, 4),
         token_ids=tuple(range(8, 8 + num_tokens)),
         logprobs=(-0.5,) * num_tokens,
+        temperature=1.0,
         is_truncated=False,
     )

@@ -73,6 +73,16 @@ class AlignConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _pairs_across_temperatures_have_two(self) -> "AlignConfig":
+        dealt = set(self.sampling.temperatures[: self.sampling.samples_per_prompt])
+        if self.pairing.across_temperatures and len(dealt) < 2:
+            raise ValueError(
+                "pairing.across_temperatures needs samples of two temperatures; set "
+                "sampling.temperatures, e.g. [1.0, 0.7], and samples_per_prompt to 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_listens_with_other_ears(self) -> "AlignConfig":
         rewarded = {j.model for j in self.judges if isinstance(j, RecogniserConfig)}
         evaluating = {j.model for j in self.evaluation.judges if isinstance(j, RecogniserConfig)}

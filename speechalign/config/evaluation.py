@@ -11,13 +11,15 @@ from speechalign.config.judges import (
     SignalConfig,
     SpeakerConfig,
 )
-from speechalign.config.sampling import PromptsConfig
+from speechalign.config.sampling import PromptsConfig, Temperature
 
 
 class EvaluationConfig(Config):
     """Held-out prompts, and judges of which at least one made no reward."""
 
     prompts: PromptsConfig = PromptsConfig(split="heldout", num_prompts=200)
+    temperature: Temperature = 1.0
+    """1 is the policy itself; below 1 every policy is heard sharper than it is."""
     judges: tuple[JudgeConfig, ...] = (
         RecogniserConfig(model="base", role="eval"),
         SpeakerConfig(),

@@ -17,6 +17,8 @@ class PairingConfig(Config):
     """Of the rewards of a ranked pair; below it the samples are tied."""
     ranked_per_group: int = Field(default=1, gt=0)
     """The best against the worst, the second best against the second worst, ..."""
+    across_temperatures: bool = False
+    """Ranked pairs: the chosen are of the lowest temperature, the rejected of the highest."""
     golden_rejected: Literal["first", "worst"] = "first"
     """The recording is preferred to the first sample drawn, as in the paper, or to the worst."""
     drop_truncated: bool = False

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from speechalign.config.base import Config
 
+Temperature: TypeAlias = Annotated[float, Field(ge=0)]
 DType: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
@@ -30,8 +31,8 @@ class SamplingConfig(Config):
     """How the policy speaks."""
 
     samples_per_prompt: int = Field(default=4, gt=0)
-    temperature: float = Field(default=1.0, ge=0)
-    """0 takes the likeliest token every time."""
+    temperatures: tuple[Temperature, ...] = Field(default=(1.0,), min_length=1)
+    """Dealt out to the samples of a prompt in turn; 0 takes the likeliest token every time."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     """0: off."""

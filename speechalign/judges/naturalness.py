@@ -28,6 +28,7 @@ class DistillMos:
 
         torch.set_num_threads(config.num_threads)
         self._torch = torch
+        self._in_bf16 = config.dtype == "bf16"
         self._model = distillmos.ConvTransformerSQAModel().eval()
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
@@ -37,8 +38,12 @@ class DistillMos:
     def _judge(self, clip: Clip) -> Judgement:
         if not _is_long_enough(clip):
             return Unmeasured(f"distillmos: shorter than {SHORTEST_CLIP_S} s, or silent")
-        with self._torch.no_grad():
-            wave_1N = self._torch.from_numpy(np.array(at_16_khz(clip)))[None]
+        torch = self._torch
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=self._in_bf16),
+        ):
+            wave_1N = torch.from_numpy(np.array(at_16_khz(clip)))[None]
             return {"distillmos": float(self._model(wave_1N))}
 
 

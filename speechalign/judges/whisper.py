@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from speechalign.types import Clip, Unmeasured
 SAMPLE_RATE_HZ = 16000
 FEATURES_PER_S = 100
 WINDOWS_S = (8, 12, 20, 30)
+"""In which it transcribes; in shorter ones it loops."""
+LOGPROB_WINDOWS_S = (4, 6, *WINDOWS_S)
+"""In which it only tells how likely a text is."""
 MARGIN_S = 0.5
 """Whisper wants a little silence after the last word."""
 TOKENS_PER_S, SPARE_TOKENS = 8, 6
@@ -64,7 +68,8 @@ class Whisper:
         role = config.role
         self.name = f"{role}_recogniser"
         self.measures = judge_measures(config)
-        self.remarks = (f"{role}_transcript",)
+        self.remarks: tuple[str, ...] = (f"{role}_transcript",) if config.transcribe else ()
+        self._windows_s = WINDOWS_S if config.transcribe else LOGPROB_WINDOWS_S
         self._config = config
         self._whisper = WhisperModel(
             str(model_folder(config.model)),
@@ -83,13 +88,15 @@ class Whisper:
             everything = self.listen(clips)
         except RuntimeError as error:  # CTranslate2's only type of error
             return [Unmeasured(f"{self._config.model}: {error}") for _ in clips]
-        judgements: list[Judgement] = []
-        for clip, heard in zip(clips, everything, strict=True):
-            errors = word_errors(clip.text, heard.transcript)
-            values = (errors.wer, errors.cer, errors.word_errors, errors.words, heard.text_logprob)
-            numbers = dict(zip(self.measures, map(float, values), strict=True))
-            judgements.append({**numbers, self.remarks[0]: heard.transcript})
-        return judgements
+        return [self._judgement(clip, heard) for clip, heard in zip(clips, everything, strict=True)]
+
+    def _judgement(self, clip: Clip, heard: Heard) -> Judgement:
+        if not self._config.transcribe:
+            return {self.measures[0]: heard.text_logprob}
+        errors = word_errors(clip.text, heard.transcript)
+        values = (heard.text_logprob, errors.wer, errors.cer, errors.word_errors, errors.words)
+        numbers = dict(zip(self.measures, map(float, values), strict=True))
+        return {**numbers, self.remarks[0]: heard.transcript}
 
     def listen(self, clips: Sequence[Clip]) -> list[Heard]:
         """Return what was heard; nothing in a silent clip. Clips beyond 30 s are cut."""
@@ -97,7 +104,7 @@ class Whisper:
         by_window: dict[int, list[int]] = {}
         for index, clip in enumerate(clips):
             if is_audible(clip):
-                by_window.setdefault(_window_s(clip), []).append(index)
+                by_window.setdefault(_window_s(clip, self._windows_s), []).append(index)
         for window_s, indices in by_window.items():
             self._listen_in(window_s, clips, indices, found)
         looping = [index for index, heard in enumerate(found) if heard.loops]
@@ -122,25 +129,29 @@ class Whisper:
         view = ctranslate2.StorageView.from_array(np.ascontiguousarray(features))
         encoded = self._whisper.model.encode(view, to_cpu=False)
         tokenizer = self._tokenizer
-        prompt = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
+        texts = [tokenizer.encode(f" {sentence_case(clip.text)}") for clip in clips]
+        aligned = self._whisper.model.align(
+            encoded, list(tokenizer.sot_sequence), texts, window_s * FEATURES_PER_S
+        )
+        said = self._transcribe(encoded, clips) if self._config.transcribe else [[]] * len(clips)
+        found: list[Heard] = []
+        for clip, words, alignment in zip(clips, said, aligned, strict=True):
+            loops = len(words) > _most_tokens(clip)
+            transcript = "" if loops else tokenizer.decode(words).strip()
+            logprob = mean_logprob(alignment.text_token_probs)
+            found.append(Heard(transcript=transcript, text_logprob=logprob, loops=loops))
+        return found
+
+    def _transcribe(self, encoded: Any, clips: Sequence[Clip]) -> list[list[int]]:
+        prompt = [*self._tokenizer.sot_sequence, self._tokenizer.no_timestamps]
         results = self._whisper.model.generate(
             encoded,
             [prompt] * len(clips),
             beam_size=self._config.beam_size,
             max_length=len(prompt) + max(map(_most_tokens, clips)) + 1,
         )
-        texts = [tokenizer.encode(f" {sentence_case(clip.text)}") for clip in clips]
-        aligned = self._whisper.model.align(
-            encoded, list(tokenizer.sot_sequence), texts, window_s * FEATURES_PER_S
-        )
-        found: list[Heard] = []
-        for clip, result, alignment in zip(clips, results, aligned, strict=True):
-            words = [id_ for id_ in result.sequences_ids[0] if id_ < tokenizer.eot]
-            loops = len(words) > _most_tokens(clip)
-            transcript = "" if loops else tokenizer.decode(words).strip()
-            logprob = mean_logprob(alignment.text_token_probs)
-            found.append(Heard(transcript=transcript, text_logprob=logprob, loops=loops))
-        return found
+        end = self._tokenizer.eot
+        return [[id_ for id_ in result.sequences_ids[0] if id_ < end] for result in results]
 
     def _features(self, clip: Clip, window_s: int) -> NDArray[np.float32]:
         wave = np.zeros(window_s * SAMPLE_RATE_HZ, dtype=np.float32)
@@ -235,6 +246,6 @@ def _most_tokens(clip: Clip) -> int:
     return SPARE_TOKENS + math.ceil(TOKENS_PER_S * duration_s)
 
 
-def _window_s(clip: Clip) -> int:
+def _window_s(clip: Clip, windows_s: Sequence[int]) -> int:
     wanted_s = len(clip.waveform_N) / clip.sample_rate_hz + MARGIN_S
-    return next((window for window in WINDOWS_S if window >= wanted_s), WINDOWS_S[-1])
+    return next((window for window in windows_s if window >= wanted_s), windows_s[-1])

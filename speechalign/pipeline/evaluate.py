@@ -14,12 +14,14 @@ from speechalign.sampling.prompts import golden_samples
 def evaluate_policy(config: AlignConfig, policy: Path, folder: Path) -> None:
     """Let a policy answer every held-out prompt once, and let the evaluation's judges listen.
 
-    The seeds are those of sampling, which differ with the policy's version: before and after
-    answer the same prompts, each with luck of its own.
+    Every policy answers with the same seeds: before and after differ less by chance.
     """
-    once = config.sampling.model_copy(update={"samples_per_prompt": 1})
+    temperatures = (config.evaluation.temperature,)
+    once = config.sampling.model_copy(
+        update={"samples_per_prompt": 1, "temperatures": temperatures}
+    )
     single = config.model_copy(update={"sampling": once})
-    stages = speaking_stages(single, policy, config.evaluation.judges)
+    stages = speaking_stages(single, policy, config.evaluation.judges, common_seeds=True)
     sample_and_judge(read_prompts(config, HELDOUT), stages, folder, keep_audio=True)
 
 

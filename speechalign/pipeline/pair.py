@@ -72,14 +72,14 @@ def _groups(config: AlignConfig, rows: list[Row]) -> Mapping[str, list[ScoredSam
 def _probe(config: AlignConfig, iteration: int, samples: list[ScoredSample]) -> float | None:
     """Return the largest difference of log-probs, or nothing where they differ by design."""
     sampling = config.sampling
-    if (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+    plain = [s.sample for s in samples if s.sample.temperature == 1.0 and s.sample.token_ids]
+    if not plain or (sampling.top_p, sampling.top_k) != (1.0, 0):
         logger.info("sampler and trainer are not compared: the sampling is not the plain softmax")
         return None
     policy = config.policy
     if iteration > 1:
         policy = config.run_dir / f"iteration-{iteration - 1}" / "policy"
-    probed = [scored.sample for scored in samples if scored.sample.token_ids][:NUM_PROBED]
-    return sampler_difference(policy, probed, config.training.max_logprob_difference)
+    return sampler_difference(policy, plain[:NUM_PROBED], config.training.max_logprob_difference)
 
 
 def _golden_answers(config: AlignConfig) -> dict[str, tuple[int, ...]]:

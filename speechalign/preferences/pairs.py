@@ -107,17 +107,31 @@ def golden_pair(
 def ranked_pairs(
     prompt_id: str, group: Sequence[ScoredSample], config: PairingConfig
 ) -> list[PreferencePair | Dropped]:
-    """Return best against worst, second best against second worst, as far as they differ."""
+    """Return best against worst, second best against second worst, as far as they differ.
+
+    Across temperatures, the best of what was drawn sharpest stand against the worst of what was
+    drawn at the highest: the reward says which, the temperature makes them differ in a way that
+    hundreds of pairs can teach.
+    """
     usable = [s for s in group if not (config.drop_truncated and s.sample.is_truncated)]
     ranking = _ranking(usable)
     if len(ranking) < 2:
         return [Dropped(prompt_id, _why_too_few(group, usable))]
     choosable = [entry for entry in ranking if not entry[1].sample.is_truncated]
-    if not choosable:
-        return [Dropped(prompt_id, DropReason.TRUNCATED)]
+    rejectable = ranking
+    if config.across_temperatures:
+        temperatures = [s.sample.temperature for s in group]
+        coolest, hottest = min(temperatures), max(temperatures)
+        choosable = [e for e in choosable if e[1].sample.temperature == coolest]
+        rejectable = [e for e in ranking if e[1].sample.temperature == hottest]
+    if not (choosable and rejectable):
+        is_cut = any(s.sample.is_truncated for s in group)
+        return [Dropped(prompt_id, DropReason.TRUNCATED if is_cut else DropReason.UNMEASURED)]
     outcomes: list[PreferencePair | Dropped] = []
-    for rank in range(min(config.ranked_per_group, len(ranking) // 2, len(choosable))):
-        (high, best), (low, worst) = choosable[rank], ranking[-1 - rank]
+    for rank in range(
+        min(config.ranked_per_group, len(ranking) // 2, len(choosable), len(rejectable))
+    ):
+        (high, best), (low, worst) = choosable[rank], rejectable[-1 - rank]
         if high - low < config.min_margin:
             break
         answer = best.sample.token_ids

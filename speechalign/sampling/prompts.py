@@ -212,6 +212,7 @@ def _golden_sample(prompt: Prompt, vocabulary: Vocabulary) -> Sample:
         prompt_token_ids=(),
         token_ids=token_ids,
         logprobs=(0.0,) * len(token_ids),
+        temperature=1.0,
         is_truncated=False,
     )
 

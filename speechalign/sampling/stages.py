@@ -4,6 +4,8 @@ Each is a plain class: tests call it directly, Ray Data makes actors of it.
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from speechalign.codec.base import Codec
 from speechalign.codec.build import build_codec
 from speechalign.config.codec import CodecConfig
 from speechalign.config.sampling import GenerationEngineConfig, RenderingConfig, SamplingConfig
-from speechalign.generation.base import Engine, GenerationRequest, SamplingParams
+from speechalign.generation.base import Engine, Generation, GenerationRequest, SamplingParams
 from speechalign.generation.build import build_generation_engine
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.nar import load_nar
@@ -42,8 +44,9 @@ RENDER_SECONDS = pa.field("render_seconds", pa.float32(), nullable=False)
 class SampleStage:
     """rows.PROMPT in, rows.SAMPLE and `sample_seconds` out: every prompt is answered N times.
 
-    A sample's seed is made of its policy version, prompt and index, so one row can be sampled
-    again without the others.
+    A sample's seed is made of its prompt and index, so one row can be sampled again without the
+    others; and of its policy version, unless `common_seeds`: then all policies share their luck,
+    and less of the difference between two of them is chance.
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class SampleStage:
         engine: GenerationEngineConfig,
         sampling: SamplingConfig,
         run_seed: int,
+        common_seeds: bool = False,
     ) -> None:
         self._engine: Engine = build_generation_engine(ar_folder, engine)
         self._vocabulary = Vocabulary.load(ar_folder / VOCABULARY)
         self._facts = manifest_facts(ar_folder)
         self._sampling = sampling
-        self._run_seed = run_seed
+        luck_of = "all policies" if common_seeds else self._engine.policy_version
+        self._seed_parts = (run_seed, "sampling", luck_of)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Answer one batch of prompts.
@@ -68,7 +73,7 @@ class SampleStage:
         started = time.perf_counter()
         prompts = prompts_from_table(batch)
         requests = [self._request(prompt) for prompt in prompts]
-        groups = self._engine.generate(requests, sampling_params(self._sampling))
+        answers = self._answers(requests)
         samples = [
             Sample(
                 prompt_id=prompt.prompt_id,
@@ -78,13 +83,35 @@ class SampleStage:
                 prompt_token_ids=request.prompt_token_ids,
                 token_ids=generation.token_ids,
                 logprobs=generation.logprobs,
+                temperature=temperature,
                 is_truncated=generation.is_truncated,
             )
-            for prompt, request, group in zip(prompts, requests, groups, strict=True)
-            for index, generation in enumerate(group)
+            for prompt, request, group in zip(prompts, requests, answers, strict=True)
+            for index, (temperature, generation) in enumerate(group)
         ]
         table = samples_to_table(samples, {prompt.prompt_id: prompt for prompt in prompts})
         return _with_seconds(table, SAMPLE_SECONDS, time.perf_counter() - started)
+
+    def _answers(
+        self, requests: Sequence[GenerationRequest]
+    ) -> list[list[tuple[float, Generation]]]:
+        """Return each prompt's answers with their temperatures, in the order of the seeds."""
+        temperatures = self._sampling.temperatures
+        turns = len(temperatures)
+        dealt = [
+            self._engine.generate(
+                [replace(request, seeds=request.seeds[turn::turns]) for request in requests],
+                sampling_params(self._sampling, temperature),
+            )
+            for turn, temperature in enumerate(temperatures)
+        ]
+        return [
+            [
+                (temperatures[index % turns], dealt[index % turns][row][index // turns])
+                for index in range(len(request.seeds))
+            ]
+            for row, request in enumerate(requests)
+        ]
 
     def _request(self, prompt: Prompt) -> GenerationRequest:
         check_fingerprint(
@@ -96,9 +123,8 @@ class SampleStage:
             prompt.speaker_codes_KT,
             prefix_frames=self._facts["prefix_frames"],
         )
-        version = self._engine.policy_version
         seeds = tuple(
-            derive_seed(self._run_seed, "sampling", version, prompt.prompt_id, index)
+            derive_seed(*self._seed_parts, prompt.prompt_id, index)
             for index in range(self._sampling.samples_per_prompt)
         )
         return GenerationRequest(prompt_token_ids=ids, seeds=seeds)
@@ -150,10 +176,10 @@ class RenderStage:
         return answer.golden_codes_KT.shape[1] / self._codec.frame_rate_hz
 
 
-def sampling_params(config: SamplingConfig) -> SamplingParams:
-    """Return what an engine needs of a config."""
+def sampling_params(config: SamplingConfig, temperature: float) -> SamplingParams:
+    """Return what an engine needs of a config, for samples of one temperature."""
     return SamplingParams(
-        temperature=config.temperature,
+        temperature=temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         max_new_tokens=config.max_new_tokens,

@@ -31,6 +31,7 @@ def test_a_dry_run_prints_the_whole_recipe_and_reads_back():
         ("golden=runs/nowhere.parquet", "do not exist"),
         ("reward.terms.0.measure=loudness", "measured by no judge"),
         ("evaluation.judges.0.model=tiny.en", "give evaluation.judges another model"),
+        ("sampling.temperatures=[1.0]", "needs samples of two temperatures"),
         ("rendering.num_levels=8", "knows"),
     ],
 )

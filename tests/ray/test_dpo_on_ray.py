@@ -137,6 +137,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(stack: TinyStac
         prompt_token_ids=(2, 8, 3, 25, 4),
         token_ids=(8, 1),
         logprobs=(-9.0, -9.0),
+        temperature=1.0,
         is_truncated=False,
     )
     with pytest.raises(LogprobMismatch, match="sample p0/0"):

@@ -63,5 +63,7 @@ def test_durations_are_compared_with_the_recording():
 def test_the_names_of_a_judge_are_known_without_its_model():
     config = RecogniserConfig(model="base", role="eval")
     assert judge_name(config) == "eval_recogniser"
-    assert judge_measures(config)[0] == "eval_wer"
+    assert judge_measures(config)[:2] == ("eval_text_logprob", "eval_wer")
+    listens_only = config.model_copy(update={"transcribe": False})
+    assert judge_measures(listens_only) == ("eval_text_logprob",)
     assert judge_measures(SignalConfig()) == build_judge(SignalConfig()).measures

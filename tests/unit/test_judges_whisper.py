@@ -58,3 +58,18 @@ def test_the_text_that_was_said_is_likelier_than_another_and_silence_is_the_floo
     assert float(first["reward_text_logprob"]) > -0.5
     assert float(second["reward_text_logprob"]) < -3
     assert third["reward_text_logprob"] == FLOOR_LOGPROB
+
+
+def test_without_a_transcript_the_log_prob_is_nearly_the_same_in_a_shorter_window():
+    said = speech("The dog slept in the garden.")
+    config = RecogniserConfig(model="tiny.en", role="reward")
+    (whole,) = Whisper(config).judge([said])
+    short = Whisper(config.model_copy(update={"transcribe": False}))
+    (only,) = short.judge([said])
+    assert not isinstance(whole, Unmeasured)
+    assert not isinstance(only, Unmeasured)
+    assert set(only) == {"reward_text_logprob"} == set(short.measures)
+    assert float(only["reward_text_logprob"]) == pytest.approx(
+        float(whole["reward_text_logprob"]), abs=0.1
+    )
+    assert only != {"reward_text_logprob": whole["reward_text_logprob"]}  # another window

@@ -31,6 +31,7 @@ def scored(reward: float | str, *, index: int = 0, is_truncated: bool = False) -
         prompt_token_ids=(2, 4),
         token_ids=(8 + index, 1),
         logprobs=(-0.5, -0.5),
+        temperature=1.0,
         is_truncated=is_truncated,
     )
     return ScoredSample(sample=sample, measures={}, reward=score)
@@ -107,6 +108,26 @@ def test_both_kinds_can_be_made_of_one_group_and_are_counted():
     pairing = make_pairs(groups, {"p0": GOLDEN, "p1": GOLDEN}, config)
     counts = {"pairs_golden": 2, "pairs_ranked": 1, "dropped_empty": 1}
     assert pairing.counts() == counts
+
+
+def at(temperature: float, reward: float, *, index: int, is_truncated: bool = False):
+    made = scored(reward, index=index, is_truncated=is_truncated)
+    return replace(made, sample=replace(made.sample, temperature=temperature))
+
+
+def test_across_temperatures_the_best_of_the_sharpest_stands_against_the_worst_of_the_hottest():
+    config = PairingConfig(across_temperatures=True, ranked_per_group=2, min_margin=0.1)
+    group = [
+        at(1.0, 0.9, index=0),
+        at(0.5, 0.8, index=1),
+        at(1.0, 0.3, index=2),
+        at(0.5, 0.1, index=3),
+    ]
+    (pair,) = ranked_pairs("p0", group, config)  # the second would be 0.1 against 0.9
+    assert isinstance(pair, PreferencePair)
+    assert (pair.chosen_token_ids, pair.rejected_token_ids) == ((9, 1), (10, 1))
+    hot = [at(1.0, 0.9, index=0), at(0.5, 0.8, index=1, is_truncated=True)]
+    assert ranked_pairs("p0", hot, config) == [Dropped("p0", DropReason.TRUNCATED)]
 
 
 def test_no_pair_at_all_stops_the_run_with_the_reasons():

@@ -92,5 +92,6 @@ def test_a_sample_needs_one_logprob_a_token():
             prompt_token_ids=(2,),
             token_ids=(8, 1),
             logprobs=(-1.0,),
+            temperature=1.0,
             is_truncated=False,
         )

@@ -1,0 +1,75 @@
+"""Whose luck a sample has: its policy version's, or one that all policies share."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from speechalign.config.policy import ArConfig
+from speechalign.config.sampling import SamplingConfig, TransformersConfig
+from speechalign.policy.ar import build_ar, save_ar
+from speechalign.policy.vocabulary import Vocabulary
+from speechalign.rows import prompts_to_table
+from speechalign.sampling.stages import SampleStage
+from speechalign.types import Prompt
+
+CODEC = "0" * 16
+
+
+def one_prompt() -> pa.Table:
+    rng = np.random.default_rng(0)
+    prompt = Prompt(
+        prompt_id="p0",
+        text="ab",
+        phonemes="ab",
+        speaker_id="s",
+        speaker_codes_KT=rng.integers(0, 48, (8, 10)).astype(np.int16),
+        golden_codes_KT=rng.integers(0, 48, (8, 25)).astype(np.int16),
+        codec_fingerprint=CODEC,
+    )
+    return prompts_to_table([prompt])
+
+
+def answers(folder: Path, version: int, *, common_seeds: bool) -> list[list[int]]:
+    sampling = SamplingConfig(samples_per_prompt=2, max_new_tokens=8)
+    return token_ids(sampled(folder, version, sampling, common_seeds=common_seeds))
+
+
+def token_ids(table: pa.Table) -> list[list[int]]:
+    return [list(row["token_ids"]) for row in table.to_pylist()]
+
+
+def sampled(
+    folder: Path, version: int, sampling: SamplingConfig, *, common_seeds: bool = False
+) -> pa.Table:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(symbols="ab", num_codebooks=1, codebook_size=48)
+    facts = {"codec_fingerprint": CODEC, "policy_version": version, "prefix_frames": 3}
+    path = folder / f"{version}-{common_seeds}"
+    model = build_ar(ArConfig(hidden_size=64, num_layers=1, num_heads=2), vocabulary)
+    save_ar(path, model, vocabulary, facts)
+    engine = TransformersConfig(max_model_len=64)
+    stage = SampleStage(path, engine, sampling, run_seed=0, common_seeds=common_seeds)
+    return stage(one_prompt())
+
+
+def test_versions_of_a_policy_have_luck_of_their_own_unless_they_are_to_share_it(tmp_path: Path):
+    own = [answers(tmp_path, version, common_seeds=False) for version in (0, 1)]
+    assert own[0] != own[1]
+    common = [answers(tmp_path, version, common_seeds=True) for version in (0, 1)]
+    assert common[0] == common[1]
+    first, second = common[0]
+    assert first != second
+
+
+def test_temperatures_are_dealt_out_in_turn_and_kept_with_the_sample(tmp_path: Path):
+    mixed = SamplingConfig(samples_per_prompt=5, temperatures=(1.0, 0.0), max_new_tokens=8)
+    table = sampled(tmp_path, 0, mixed)
+    assert table["temperature"].to_pylist() == [1.0, 0.0, 1.0, 0.0, 1.0]
+    ids = token_ids(table)
+    assert ids[1] == ids[3]  # the likeliest, twice
+    assert len({tuple(answer) for answer in ids[::2]}) == 3
+    warm = SamplingConfig(samples_per_prompt=5, max_new_tokens=8)
+    alone = token_ids(sampled(tmp_path / "warm", 0, warm))
+    assert alone[::2] == ids[::2]  # the seeds are those of the index
