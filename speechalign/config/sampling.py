@@ -36,6 +36,8 @@ class SamplingConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     """0: off."""
+    common_seeds: bool = False
+    """All versions of a policy share their luck, so that less of a difference is chance."""
     max_new_tokens: int = Field(default=500, gt=0)
     """The length cap: an answer that reaches it is truncated, and says so."""
 

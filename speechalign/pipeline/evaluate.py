@@ -18,10 +18,10 @@ def evaluate_policy(config: AlignConfig, policy: Path, folder: Path) -> None:
     """
     temperatures = (config.evaluation.temperature,)
     once = config.sampling.model_copy(
-        update={"samples_per_prompt": 1, "temperatures": temperatures}
+        update={"samples_per_prompt": 1, "temperatures": temperatures, "common_seeds": True}
     )
     single = config.model_copy(update={"sampling": once})
-    stages = speaking_stages(single, policy, config.evaluation.judges, common_seeds=True)
+    stages = speaking_stages(single, policy, config.evaluation.judges)
     sample_and_judge(read_prompts(config, HELDOUT), stages, folder, keep_audio=True)
 
 

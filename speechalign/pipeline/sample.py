@@ -68,15 +68,10 @@ def read_prompts(config: AlignConfig, file: str) -> pa.Table:
 
 
 def speaking_stages(
-    config: AlignConfig,
-    policy: Path,
-    judges: tuple[JudgeConfig, ...],
-    *,
-    common_seeds: bool = False,
+    config: AlignConfig, policy: Path, judges: tuple[JudgeConfig, ...]
 ) -> list[Stage]:
     """Return the stages from prompts to judged samples."""
-    sampling = _sampling(config, policy, common_seeds=common_seeds)
-    return [sampling, *listening_stages(config, policy, judges)]
+    return [_sampling(config, policy), *listening_stages(config, policy, judges)]
 
 
 def listening_stages(
@@ -99,12 +94,11 @@ def listening_stages(
     return [render, *listening]
 
 
-def _sampling(config: AlignConfig, policy: Path, *, common_seeds: bool = False) -> Stage:
+def _sampling(config: AlignConfig, policy: Path) -> Stage:
     return sample_stage(
         policy.resolve(),
         config.engine,
         config.sampling,
         run_seed=config.seed,
         pool=config.pools.sample,
-        common_seeds=common_seeds,
     )

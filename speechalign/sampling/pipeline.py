@@ -65,15 +65,13 @@ def sample_stage(
     *,
     run_seed: int,
     pool: PoolConfig,
-    common_seeds: bool = False,
 ) -> Stage:
-    """Return the stage that samples; `common_seeds`: all policies share their luck."""
+    """Return the stage that samples."""
     arguments = {
         "ar_folder": ar_folder,
         "engine": engine,
         "sampling": sampling,
         "run_seed": run_seed,
-        "common_seeds": common_seeds,
     }
     return Stage(name="sample", stage=SampleStage, arguments=arguments, pool=pool)
 

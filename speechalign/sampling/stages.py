@@ -55,13 +55,12 @@ class SampleStage:
         engine: GenerationEngineConfig,
         sampling: SamplingConfig,
         run_seed: int,
-        common_seeds: bool = False,
     ) -> None:
         self._engine: Engine = build_generation_engine(ar_folder, engine)
         self._vocabulary = Vocabulary.load(ar_folder / VOCABULARY)
         self._facts = manifest_facts(ar_folder)
         self._sampling = sampling
-        luck_of = "all policies" if common_seeds else self._engine.policy_version
+        luck_of = "all policies" if sampling.common_seeds else self._engine.policy_version
         self._seed_parts = (run_seed, "sampling", luck_of)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

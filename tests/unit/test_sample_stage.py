@@ -32,25 +32,23 @@ def one_prompt() -> pa.Table:
 
 
 def answers(folder: Path, version: int, *, common_seeds: bool) -> list[list[int]]:
-    sampling = SamplingConfig(samples_per_prompt=2, max_new_tokens=8)
-    return token_ids(sampled(folder, version, sampling, common_seeds=common_seeds))
+    sampling = SamplingConfig(samples_per_prompt=2, max_new_tokens=8, common_seeds=common_seeds)
+    return token_ids(sampled(folder, version, sampling))
 
 
 def token_ids(table: pa.Table) -> list[list[int]]:
     return [list(row["token_ids"]) for row in table.to_pylist()]
 
 
-def sampled(
-    folder: Path, version: int, sampling: SamplingConfig, *, common_seeds: bool = False
-) -> pa.Table:
+def sampled(folder: Path, version: int, sampling: SamplingConfig) -> pa.Table:
     torch.manual_seed(0)
     vocabulary = Vocabulary(symbols="ab", num_codebooks=1, codebook_size=48)
     facts = {"codec_fingerprint": CODEC, "policy_version": version, "prefix_frames": 3}
-    path = folder / f"{version}-{common_seeds}"
+    path = folder / f"{version}-{sampling.common_seeds}"
     model = build_ar(ArConfig(hidden_size=64, num_layers=1, num_heads=2), vocabulary)
     save_ar(path, model, vocabulary, facts)
     engine = TransformersConfig(max_model_len=64)
-    stage = SampleStage(path, engine, sampling, run_seed=0, common_seeds=common_seeds)
+    stage = SampleStage(path, engine, sampling, run_seed=0)
     return stage(one_prompt())
 
 
