@@ -116,6 +116,7 @@ def _facts(config: AlignConfig) -> dict[str, str]:
         "run": config.run_dir.name,
         "config": config_hash(config),
         "commit": _commit(),
+        "heard at temperature": f"{config.evaluation.temperature:g}",
         "versions": ", ".join(versions),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}",
