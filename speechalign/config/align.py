@@ -7,7 +7,6 @@ from pydantic import Field, model_validator
 
 from speechalign.config.base import Config
 from speechalign.config.codec import CodecConfig, EmbeddedCodecConfig
-from speechalign.config.dpo import DpoTrainingConfig
 from speechalign.config.evaluation import EvaluationConfig
 from speechalign.config.judges import (
     JudgeConfig,
@@ -15,6 +14,7 @@ from speechalign.config.judges import (
     RewardConfig,
     judge_measures,
 )
+from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.config.preferences import PairingConfig
 from speechalign.config.sampling import (
     GenerationEngineConfig,
@@ -57,7 +57,7 @@ class AlignConfig(Config):
     judges: tuple[JudgeConfig, ...] = Field(min_length=1)
     reward: RewardConfig
     pairing: PairingConfig = PairingConfig()
-    training: DpoTrainingConfig = DpoTrainingConfig()
+    training: PreferenceTrainingConfig = PreferenceTrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
 
@@ -80,6 +80,16 @@ class AlignConfig(Config):
                 "pairing.across_temperatures needs samples of two temperatures; set "
                 "sampling.temperatures, e.g. [1.0, 0.7], and samples_per_prompt to 2 or more"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_n_has_a_choice(self) -> "AlignConfig":
+        if self.training.method != "best_of_n":
+            return self
+        if self.evaluation.best_of < 2:
+            raise ValueError("best_of_n picks among evaluation.best_of samples; set it above 1")
+        if self.pipeline.iterations > 1:
+            raise ValueError("best_of_n trains nothing; set pipeline.iterations to 1")
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,8 @@ class EvaluationConfig(Config):
         DnsMosConfig(),
         SignalConfig(),
     )
+    best_of: int = Field(default=1, gt=0)
+    """Samples of a prompt, of which the reward picks the one that the judges hear."""
     num_ceiling_prompts: int = Field(default=100, gt=0)
     """Of the held-out prompts, those whose recordings measure the ceiling."""
     num_resamples: int = Field(default=1000, gt=0)

@@ -14,14 +14,21 @@ from typing import Literal, TypeAlias
 
 from speechalign.artifacts import is_committed
 from speechalign.config.align import AlignConfig
+from speechalign.errors import ConfigError
 from speechalign.pipeline.cluster import connected
-from speechalign.pipeline.evaluate import evaluate_ceiling, evaluate_policy, resynthesise
+from speechalign.pipeline.evaluate import (
+    evaluate_best,
+    evaluate_ceiling,
+    evaluate_policy,
+    resynthesise,
+    write_candidates,
+)
 from speechalign.pipeline.pair import write_pairs
 from speechalign.pipeline.preflight import check_resources, check_run
 from speechalign.pipeline.report import write_run_report
 from speechalign.pipeline.run_directory import RunDirectory, open_run
 from speechalign.pipeline.sample import write_prompts, write_samples, write_scored
-from speechalign.training.dpo import DpoPaths, train_dpo
+from speechalign.training.preference import TrainingPaths, train_on_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +77,11 @@ class Iteration:
     def run(self, until: StageName) -> Path | None:
         """Run the stages; return the folder of `until` if it is the one that was produced."""
         config, name = self._config, f"iteration-{self._number}"
+        if config.training.method == "best_of_n":
+            if until not in ("evaluation", "report"):
+                raise ConfigError("best_of_n has no samples, pairs or training; evaluate it")
+            self._run.stage(f"{name}/evaluation", self._evaluate)
+            return None
         stages: dict[str, Callable[[Path], None]] = {
             "samples": lambda folder: write_samples(config, self.policy_before, folder),
             "scored": lambda folder: write_scored(config, self.policy_before, folder),
@@ -89,25 +101,37 @@ class Iteration:
     def _train(self, folder: Path) -> None:
         config = self._config
         start = self._number - 1 if config.pipeline.reference == "previous" else 0
-        paths = DpoPaths(
+        paths = TrainingPaths(
             policy=self.policy_before,
             reference=policy_after(config, start),
             pairs=config.run_dir / f"iteration-{self._number}" / "pairs",
             output=folder,
         )
-        train_dpo(config.training, paths)
+        train_on_pairs(config.training, paths)
 
     def _evaluate(self, folder: Path) -> None:
+        best_of = self._config.evaluation.best_of
         if self._number == 1:
-            before = self._config.policy
+            chooses = best_of > 1 and self._config.training.method != "best_of_n"
             self._run.stage(
-                "iteration-0/evaluation", lambda path: evaluate_policy(self._config, before, path)
+                "iteration-0/evaluation", lambda path: self._evaluate_one(0, path, chooses=chooses)
             )
-        evaluate_policy(self._config, policy_after(self._config, self._number), folder)
+        self._evaluate_one(self._number, folder, chooses=best_of > 1)
+
+    def _evaluate_one(self, number: int, folder: Path, *, chooses: bool) -> None:
+        policy = policy_after(self._config, number)
+        if not chooses:
+            evaluate_policy(self._config, policy, folder)
+            return
+        candidates = self._run.stage(
+            f"iteration-{number}/candidates",
+            lambda path: write_candidates(self._config, policy, path),
+        )
+        evaluate_best(self._config, policy, candidates, folder)
 
 
 def policy_after(config: AlignConfig, iteration: int) -> Path:
     """Return the policy's folder after an iteration; 0 is the policy of the start."""
-    if iteration == 0:
+    if iteration == 0 or config.training.method == "best_of_n":
         return config.policy
     return config.run_dir / f"iteration-{iteration}" / "policy"

@@ -2,12 +2,17 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
+from speechalign.artifacts import verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.config.sampling import RenderingConfig
 from speechalign.pipeline.sample import HELDOUT, listening_stages, read_prompts, speaking_stages
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
-from speechalign.sampling.pipeline import sample_and_judge
+from speechalign.rewards.combine import best_of_groups
+from speechalign.rows import SAMPLE
+from speechalign.sampling.pipeline import SCORED, sample_and_judge
 from speechalign.sampling.prompts import golden_samples
 
 
@@ -16,13 +21,33 @@ def evaluate_policy(config: AlignConfig, policy: Path, folder: Path) -> None:
 
     Every policy answers with the same seeds: before and after differ less by chance.
     """
-    temperatures = (config.evaluation.temperature,)
-    once = config.sampling.model_copy(
-        update={"samples_per_prompt": 1, "temperatures": temperatures, "common_seeds": True}
-    )
-    single = config.model_copy(update={"sampling": once})
+    single = _sampled_for_evaluation(config, 1)
     stages = speaking_stages(single, policy, config.evaluation.judges)
     sample_and_judge(read_prompts(config, HELDOUT), stages, folder, keep_audio=True)
+
+
+def write_candidates(config: AlignConfig, policy: Path, folder: Path) -> None:
+    """Let a policy answer every held-out prompt several times, and let the reward listen."""
+    several = _sampled_for_evaluation(config, config.evaluation.best_of)
+    stages = speaking_stages(several, policy, config.judges)
+    sample_and_judge(read_prompts(config, HELDOUT), stages, folder, keep_audio=False)
+
+
+def evaluate_best(config: AlignConfig, policy: Path, candidates: Path, folder: Path) -> None:
+    """Let the evaluation's judges hear the best candidate of each prompt, by the reward."""
+    verify_folder(candidates)
+    best = best_of_groups(pq.read_table(candidates / SCORED), config.reward)
+    stages = listening_stages(config, policy, config.evaluation.judges)
+    sample_and_judge(best.select(SAMPLE.names), stages, folder, keep_audio=True)
+
+
+def _sampled_for_evaluation(config: AlignConfig, num_samples: int) -> AlignConfig:
+    changes = {
+        "samples_per_prompt": num_samples,
+        "temperatures": (config.evaluation.temperature,),
+        "common_seeds": True,
+    }
+    return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
 
 
 def evaluate_ceiling(config: AlignConfig, folder: Path) -> None:

@@ -16,7 +16,7 @@ from speechalign.preferences.pairs import make_pairs
 from speechalign.rewards.combine import check_budget, combine
 from speechalign.rows import Row, pairs_to_table, prompts_from_table, scored_from_row
 from speechalign.sampling.pipeline import SCORED
-from speechalign.training.dpo import PAIRS, read_pairs
+from speechalign.training.preference import PAIRS, read_pairs
 from speechalign.training.reference import sampler_difference
 from speechalign.types import Measured, PreferencePair, ScoredSample, Unmeasured
 

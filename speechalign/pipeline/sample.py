@@ -29,7 +29,8 @@ def write_prompts(config: AlignConfig, folder: Path) -> None:
     chosen = {TRAIN: config.prompts, HELDOUT: config.evaluation.prompts}
     facts = manifest_facts(config.policy)
     vocabulary = Vocabulary.load(config.policy / VOCABULARY)
-    room = config.engine.max_model_len - config.sampling.max_new_tokens
+    feedback = 1  # a token that chain of hindsight may put in front
+    room = config.engine.max_model_len - config.sampling.max_new_tokens - feedback
     dropped: list[pa.Table] = []
     with committed_folder(folder, {"kind": "prompts"}) as partial:
         for file, prompts_config in chosen.items():

@@ -3,6 +3,9 @@
     SPEAKER  codes of the voice to continue  TEXT  phonemes  SPEECH | codes of the answer  EOS
                                                     the prompt ends here | the answer
 
+A policy of chain of hindsight (Liu et al. 2023) was trained on prompts that begin with GOOD or
+BAD, as the answer was judged; asked to speak, it is told GOOD.
+
 Shapes: K codebooks, T frames, S flat token ids.
 """
 
@@ -12,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speechalign.errors import DataError
-from speechalign.policy.vocabulary import EOS_ID, SPEAKER_ID, SPEECH_ID, TEXT_ID, Vocabulary
+from speechalign.policy.vocabulary import (
+    BAD_ID,
+    EOS_ID,
+    GOOD_ID,
+    SPEAKER_ID,
+    SPEECH_ID,
+    TEXT_ID,
+    Vocabulary,
+)
 
 
 def prompt_token_ids(
@@ -45,6 +56,12 @@ def prompt_token_ids(
     voice_S = vocabulary.layout.flatten(prefix_KT.astype(np.int64))
     text = vocabulary.encode_text(phonemes)
     return (SPEAKER_ID, *voice_S.tolist(), TEXT_ID, *text, SPEECH_ID)
+
+
+def with_feedback(prompt_token_ids: Sequence[int], *, is_good: bool) -> tuple[int, ...]:
+    """Return a prompt that says how good its answer is; what it said before is dropped."""
+    bare = prompt_token_ids[1:] if prompt_token_ids[0] in (GOOD_ID, BAD_ID) else prompt_token_ids
+    return (GOOD_ID if is_good else BAD_ID, *bare)
 
 
 def answer_token_ids(vocabulary: Vocabulary, codes_KT: NDArray[np.integer]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The words of the policy: special tokens, codec codes, text symbols.
 
-    0..4    PAD EOS SPEAKER TEXT SPEECH      (5..7 are free)
+    0..6    PAD EOS SPEAKER TEXT SPEECH GOOD BAD      (7 is free)
     8..     codes, one range of ids per AR level: codec.layout.FrameLayout
     after   text symbols, in the order of `symbols`
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from speechalign.codec.layout import FrameLayout
 from speechalign.errors import ConfigError, UnspeakableText
 
-PAD_ID, EOS_ID, SPEAKER_ID, TEXT_ID, SPEECH_ID = range(5)
+PAD_ID, EOS_ID, SPEAKER_ID, TEXT_ID, SPEECH_ID, GOOD_ID, BAD_ID = range(7)
 FIRST_CODE_ID = 8
 SIZE_MULTIPLE = 64
 """The vocabulary is padded to this, which matrix kernels like."""

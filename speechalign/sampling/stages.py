@@ -21,7 +21,7 @@ from speechalign.generation.base import Engine, Generation, GenerationRequest, S
 from speechalign.generation.build import build_generation_engine
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.nar import load_nar
-from speechalign.policy.prompt_format import prompt_token_ids
+from speechalign.policy.prompt_format import prompt_token_ids, with_feedback
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.rows import (
     RENDERED,
@@ -122,6 +122,8 @@ class SampleStage:
             prompt.speaker_codes_KT,
             prefix_frames=self._facts["prefix_frames"],
         )
+        if self._facts.get("knows_feedback"):
+            ids = with_feedback(ids, is_good=True)
         seeds = tuple(
             derive_seed(*self._seed_parts, prompt.prompt_id, index)
             for index in range(self._sampling.samples_per_prompt)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from speechalign.config.dpo import EarlyStopConfig
+from speechalign.config.preference_training import EarlyStopConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

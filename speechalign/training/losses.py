@@ -1,20 +1,25 @@
-"""Preference losses: tensors in, tensors out. Shape: B pairs.
+"""Losses on pairs: tensors in, tensors out. Shape: B pairs.
 
 DPO      Rafailov et al. 2023, eq. 7
 cDPO     Mitchell 2023, "A note on DPO with noisy preferences", eq. 3
+robust   Chowdhury et al. 2024, "Provably robust DPO", eq. 12
 IPO      Azar et al. 2023, eq. 17
+SimPO    Meng et al. 2024, eq. 6
 anchor   Pang et al. 2024 (RPO), eq. 3, with the loss per token of the chosen answer
+CoH      Liu et al. 2023, "Chain of Hindsight", eq. 1, one answer a row: both sides are learned,
+         and what differs is the feedback in their prompts (policy.prompt_format)
 
-Left out: SimPO, KTO and robust DPO, which the strategies bring.
+Left out: KTO, which needs the reference's log-probs of answers under other prompts.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from speechalign.config.dpo import DpoLossConfig
+from speechalign.config.preference_training import DpoLossConfig, PreferenceTrainingConfig
+from speechalign.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +43,7 @@ class PairLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DpoOutput:
+class PairLoss:
     """What to minimise and what to log, pair by pair: whoever averages knows the world's size."""
 
     loss_B: Tensor
@@ -54,8 +59,28 @@ class DpoOutput:
         return self.chosen_reward_B - self.rejected_reward_B
 
 
-def dpo_loss(policy: PairLogprobs, reference: PairLogprobs, config: DpoLossConfig) -> DpoOutput:
-    """Return the loss of each pair.
+def pair_loss(
+    policy: PairLogprobs, reference: PairLogprobs, config: PreferenceTrainingConfig
+) -> PairLoss:
+    """Return the loss of each pair, by the method.
+
+    The implicit rewards are logged for every method; only DPO learns from them.
+    """
+    dpo = dpo_loss(policy, reference, config.loss)
+    match config.method:
+        case "dpo":
+            return dpo
+        case "sft":
+            return replace(dpo, loss_B=dpo.anchor_B)
+        case "coh":
+            rejected_B = -policy.rejected_B / policy.rejected_tokens_B
+            return replace(dpo, loss_B=dpo.anchor_B + rejected_B)
+        case "best_of_n":
+            raise ConfigError("best_of_n trains nothing")
+
+
+def dpo_loss(policy: PairLogprobs, reference: PairLogprobs, config: DpoLossConfig) -> PairLoss:
+    """Return the DPO loss of each pair.
 
     Args:
         policy: with gradients.
@@ -67,24 +92,42 @@ def dpo_loss(policy: PairLogprobs, reference: PairLogprobs, config: DpoLossConfi
         policy, reference = policy.normalised(), reference.normalised()
     chosen_B = policy.chosen_B - reference.chosen_B
     rejected_B = policy.rejected_B - reference.rejected_B
-    gap_B = chosen_B - rejected_B
-    if config.variant == "ipo":
-        loss_B = (gap_B - 1 / (2 * config.beta)) ** 2
-    else:
-        smoothing = config.label_smoothing
-        loss_B = -(1 - smoothing) * F.logsigmoid(config.beta * gap_B) - smoothing * F.logsigmoid(
-            -config.beta * gap_B
-        )
-    return DpoOutput(
-        loss_B=loss_B + config.sft_weight * anchor_B,
+    free_gap_B = policy.chosen_B - policy.rejected_B
+    return PairLoss(
+        loss_B=_by_variant(chosen_B - rejected_B, free_gap_B, config)
+        + config.sft_weight * anchor_B,
         anchor_B=anchor_B,
         chosen_reward_B=config.beta * chosen_B.detach(),
         rejected_reward_B=config.beta * rejected_B.detach(),
     )
 
 
-def loss_of_an_unmoved_policy(config: DpoLossConfig) -> float:
-    """Return the loss at step 0, where policy and reference agree, without the anchor."""
-    if config.variant == "ipo":
-        return 1 / (2 * config.beta) ** 2
-    return float(torch.log(torch.tensor(2.0)))
+def _by_variant(gap_B: Tensor, free_gap_B: Tensor, config: DpoLossConfig) -> Tensor:
+    """Return the loss of how much more than the reference, or at all, the chosen is preferred."""
+    beta, wrong = config.beta, config.label_smoothing
+    agrees_B, flipped_B = F.logsigmoid(beta * gap_B), F.logsigmoid(-beta * gap_B)
+    match config.variant:
+        case "sigmoid":
+            return -agrees_B
+        case "cdpo":
+            return -(1 - wrong) * agrees_B - wrong * flipped_B
+        case "robust":
+            return (-(1 - wrong) * agrees_B + wrong * flipped_B) / (1 - 2 * wrong)
+        case "ipo":
+            return (gap_B - 1 / (2 * beta)) ** 2
+        case "simpo":
+            return -F.logsigmoid(beta * free_gap_B - config.target_margin)
+
+
+def loss_of_an_unmoved_policy(config: DpoLossConfig) -> float | None:
+    """Return the loss at step 0, where policy and reference agree, without the anchor.
+
+    None: it depends on the policy (SimPO has no reference).
+    """
+    match config.variant:
+        case "simpo":
+            return None
+        case "ipo":
+            return 1 / (2 * config.beta) ** 2
+        case "sigmoid" | "cdpo" | "robust":
+            return math.log(2)

@@ -27,6 +27,7 @@ from speechalign.artifacts import (
 from speechalign.errors import LogprobMismatch
 from speechalign.policy.ar import load_ar
 from speechalign.policy.logprobs import answer_logprobs
+from speechalign.policy.prompt_format import with_feedback
 from speechalign.training.collate import AnswerBatch, collate_answers
 from speechalign.training.losses import PairLogprobs
 from speechalign.types import PreferencePair, Sample
@@ -86,10 +87,20 @@ def sampler_difference(policy_folder: Path, samples: Sequence[Sample], tolerance
     return worst
 
 
-def pair_logprobs(model: nn.Module, pairs: Sequence[PreferencePair]) -> PairLogprobs:
-    """Return summed log-probabilities of both sides, from one forward pass over all answers."""
-    rows = [(p.prompt_token_ids, p.chosen_token_ids) for p in pairs]
-    rows += [(p.prompt_token_ids, p.rejected_token_ids) for p in pairs]
+def pair_logprobs(
+    model: nn.Module, pairs: Sequence[PreferencePair], *, tells_feedback: bool = False
+) -> PairLogprobs:
+    """Return summed log-probabilities of both sides, from one forward pass over all answers.
+
+    Args:
+        model: the policy or its reference.
+        pairs: one prompt each.
+        tells_feedback: the prompts say which side it is, as chain of hindsight wants.
+    """
+    good = [_prompt(pair, is_good=True if tells_feedback else None) for pair in pairs]
+    bad = [_prompt(pair, is_good=False if tells_feedback else None) for pair in pairs]
+    rows = [(prompt, p.chosen_token_ids) for prompt, p in zip(good, pairs, strict=True)]
+    rows += [(prompt, p.rejected_token_ids) for prompt, p in zip(bad, pairs, strict=True)]
     device = next(model.parameters()).device
     batch = collate_answers(rows).to(device)
     summed_B = _forward(model, batch).sum(1)
@@ -101,6 +112,11 @@ def pair_logprobs(model: nn.Module, pairs: Sequence[PreferencePair]) -> PairLogp
         chosen_tokens_B=tokens_B[:count],
         rejected_tokens_B=tokens_B[count:],
     )
+
+
+def _prompt(pair: PreferencePair, *, is_good: bool | None) -> tuple[int, ...]:
+    ids = pair.prompt_token_ids
+    return ids if is_good is None else with_feedback(ids, is_good=is_good)
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
 """The same pairs through our collate, log-probs and loss, and through TRL's DPOTrainer."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from speechalign.config.dpo import DpoLossConfig
 from speechalign.config.policy import ArConfig
+from speechalign.config.preference_training import DpoLossConfig, PreferenceTrainingConfig
 from speechalign.policy.ar import build_ar
 from speechalign.policy.vocabulary import Vocabulary
-from speechalign.training.losses import dpo_loss
+from speechalign.training.losses import dpo_loss, pair_loss
 from speechalign.training.reference import pair_logprobs
 from speechalign.types import PairKind, PreferencePair
 
@@ -104,21 +106,55 @@ def trl_loss(
     [
         ("sigmoid", DpoLossConfig(beta=BETA)),
         ("ipo", DpoLossConfig(beta=BETA, variant="ipo", logprobs="length_normalised")),
+        ("robust", DpoLossConfig(beta=BETA, variant="robust", label_smoothing=0.2)),
     ],
 )
 def test_our_loss_is_trls(loss_type: str, config: DpoLossConfig, tmp_path: Path):
     policy, reference = models()
     with torch.no_grad():
         output = dpo_loss(pair_logprobs(policy, PAIRS), pair_logprobs(reference, PAIRS), config)
-    assert trl_loss(loss_type, tmp_path, PAIRS) == pytest.approx(
-        float(output.loss_B.mean()), rel=1e-5
+    theirs = trl_loss(loss_type, tmp_path, PAIRS, config.label_smoothing)
+    assert theirs == pytest.approx(float(output.loss_B.mean()), rel=1e-5)
+
+
+def test_our_fine_tuning_on_the_chosen_is_trls(tmp_path: Path):
+    # TRL's is the mean over the batch's tokens, ours over pairs: equal for one pair
+    policy, reference = models()
+    config = PreferenceTrainingConfig(method="sft")
+    for pair in PAIRS:
+        with torch.no_grad():
+            sides = pair_logprobs(policy, [pair]), pair_logprobs(reference, [pair])
+            ours = float(pair_loss(*sides, config).loss_B.mean())
+        assert trl_loss("sft", tmp_path, [pair]) == pytest.approx(ours, rel=1e-5)
+
+
+def test_our_simpo_is_trls():
+    from trl.experimental.cpo import CPOTrainer
+
+    policy, _ = models()
+    config = DpoLossConfig(
+        beta=BETA, variant="simpo", logprobs="length_normalised", target_margin=0.2
     )
+    with torch.no_grad():
+        sides = pair_logprobs(policy, PAIRS)
+    means = sides.normalised()
+    settings = SimpleNamespace(
+        loss_type="simpo",
+        beta=BETA,
+        simpo_gamma=0.2,
+        label_smoothing=0.0,
+        alpha=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    loss_of: Any = CPOTrainer.cpo_loss
+    theirs, *_ = loss_of(settings, means.chosen_B, means.rejected_B)
+    assert torch.allclose(dpo_loss(sides, sides, config).loss_B, theirs)
 
 
 def test_our_conservative_loss_is_trls_smoothed_one(tmp_path: Path):
     # TRL's "sigmoid" ignores label_smoothing; its "aot" smooths, and sorts: nothing for one pair
     policy, reference = models()
-    config = DpoLossConfig(beta=BETA, label_smoothing=0.2)
+    config = DpoLossConfig(beta=BETA, variant="cdpo", label_smoothing=0.2)
     for pair in PAIRS:
         with torch.no_grad():
             sides = pair_logprobs(policy, [pair]), pair_logprobs(reference, [pair])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from speechalign.artifacts import committed_folder
-from speechalign.config.dpo import DpoTrainingConfig
+from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.errors import ConfigError, LogprobMismatch
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.ar import load_ar
 from speechalign.rows import pairs_to_table
-from speechalign.training.dpo import PAIRS, DpoPaths, split_pairs, train_dpo
 from speechalign.training.metrics import read_metrics
+from speechalign.training.preference import PAIRS, TrainingPaths, split_pairs, train_on_pairs
 from speechalign.training.reference import sampler_difference
 from speechalign.types import PairKind, PreferencePair, Sample
 from tests.tiny_stack import TinyStack, build_tiny_stack
@@ -52,8 +52,8 @@ def write_pairs(folder: Path, pairs: list[PreferencePair]) -> Path:
     return folder
 
 
-def a_config(num_workers: int, zero_stage: int) -> DpoTrainingConfig:
-    return DpoTrainingConfig.model_validate(
+def a_config(num_workers: int, zero_stage: int) -> PreferenceTrainingConfig:
+    return PreferenceTrainingConfig.model_validate(
         {
             "num_epochs": 1,
             "pairs_per_step": 4,
@@ -67,16 +67,16 @@ def a_config(num_workers: int, zero_stage: int) -> DpoTrainingConfig:
 
 
 def trained(
-    stack: TinyStack, folder: Path, config: DpoTrainingConfig, pairs: list[PreferencePair]
-) -> DpoPaths:
-    paths = DpoPaths(
+    stack: TinyStack, folder: Path, config: PreferenceTrainingConfig, pairs: list[PreferencePair]
+) -> TrainingPaths:
+    paths = TrainingPaths(
         policy=stack.ar,
         reference=stack.ar,
         pairs=write_pairs(folder / "pairs", pairs),
         output=folder / f"policy-{config.workers.num_workers}",
     )
     with connected():
-        train_dpo(config, paths)
+        train_on_pairs(config, paths)
     return paths
 
 
@@ -118,14 +118,14 @@ def test_a_policy_that_only_gets_worse_leaves_the_start(stack: TinyStack, tmp_pa
 
 
 def test_too_few_pairs_are_refused_before_a_worker_starts(stack: TinyStack, tmp_path: Path):
-    paths = DpoPaths(
+    paths = TrainingPaths(
         policy=stack.ar,
         reference=stack.ar,
         pairs=write_pairs(tmp_path / "pairs", some_pairs(3)),
         output=tmp_path / "policy",
     )
     with pytest.raises(ConfigError, match="do not fill one step"):
-        train_dpo(DpoTrainingConfig(), paths)
+        train_on_pairs(PreferenceTrainingConfig(), paths)
 
 
 def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(stack: TinyStack):

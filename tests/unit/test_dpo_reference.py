@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from speechalign.config.dpo import DpoTrainingConfig
 from speechalign.config.policy import ArConfig
+from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.vocabulary import Vocabulary
-from speechalign.training.dpo import split_pairs
+from speechalign.training.preference import split_pairs
 from speechalign.training.reference import cached_reference_logprobs, pair_logprobs
 from speechalign.types import PairKind, PreferencePair
 
@@ -52,6 +52,6 @@ def test_the_reference_is_scored_in_the_precision_of_the_training(policy: Path, 
 
 def test_the_pairs_of_a_heldout_prompt_are_never_trained_on():
     pairs = [a_pair(f"p{number}", rank) for number in range(3) for rank in range(2)]
-    train, heldout = split_pairs(pairs, DpoTrainingConfig(heldout_share=0.0001))
+    train, heldout = split_pairs(pairs, PreferenceTrainingConfig(heldout_share=0.0001))
     assert {pair.prompt_id for pair in heldout} == {"p2"}
     assert {pair.prompt_id for pair in train} == {"p0", "p1"}

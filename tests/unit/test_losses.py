@@ -2,9 +2,15 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from speechalign.config.dpo import DpoLossConfig
-from speechalign.training.losses import PairLogprobs, dpo_loss, loss_of_an_unmoved_policy
+from speechalign.config.preference_training import DpoLossConfig, PreferenceTrainingConfig
+from speechalign.training.losses import (
+    PairLogprobs,
+    dpo_loss,
+    loss_of_an_unmoved_policy,
+    pair_loss,
+)
 
 
 def logprobs(
@@ -31,9 +37,67 @@ def test_the_sigmoid_loss_by_hand():
 
 
 def test_the_conservative_loss_by_hand():
-    output = dpo_loss(POLICY, REFERENCE, DpoLossConfig(beta=0.5, label_smoothing=0.1))
+    config = DpoLossConfig(variant="cdpo", beta=0.5, label_smoothing=0.1)
     expected = 0.9 * math.log1p(math.exp(-1.5)) + 0.1 * math.log1p(math.exp(1.5))
-    assert output.loss_B.item() == pytest.approx(expected)
+    assert dpo_loss(POLICY, REFERENCE, config).loss_B.item() == pytest.approx(expected)
+
+
+def test_the_robust_loss_by_hand():
+    config = DpoLossConfig(variant="robust", beta=0.5, label_smoothing=0.1)
+    expected = (0.9 * math.log1p(math.exp(-1.5)) - 0.1 * math.log1p(math.exp(1.5))) / 0.8
+    assert dpo_loss(POLICY, REFERENCE, config).loss_B.item() == pytest.approx(expected)
+
+
+def test_the_simpo_loss_by_hand_knows_no_reference():
+    config = DpoLossConfig(
+        variant="simpo", logprobs="length_normalised", beta=2.0, target_margin=0.3
+    )
+    # -2/2 - -6/4 = 0.5 nats a token: 2 * 0.5 - 0.3
+    expected = math.log1p(math.exp(-0.7))
+    assert dpo_loss(POLICY, REFERENCE, config).loss_B.item() == pytest.approx(expected)
+    assert dpo_loss(POLICY, POLICY, config).loss_B.item() == pytest.approx(expected)
+    assert loss_of_an_unmoved_policy(config) is None
+
+
+def test_fine_tuning_on_the_chosen_is_its_loss_per_token_whatever_was_rejected():
+    config = PreferenceTrainingConfig(method="sft")
+    assert pair_loss(POLICY, REFERENCE, config).loss_B.item() == pytest.approx(1.0)
+    other = logprobs(-2.0, -60.0)
+    assert pair_loss(other, REFERENCE, config).loss_B.item() == pytest.approx(1.0)
+
+
+def test_chain_of_hindsight_learns_both_sides():
+    config = PreferenceTrainingConfig(method="coh")
+    assert pair_loss(POLICY, REFERENCE, config).loss_B.item() == pytest.approx(1.0 + 1.5)
+
+
+def test_dpo_is_dpo_by_the_method_too():
+    config = PreferenceTrainingConfig(loss=DpoLossConfig(beta=0.5))
+    assert torch.equal(
+        pair_loss(POLICY, REFERENCE, config).loss_B,
+        dpo_loss(POLICY, REFERENCE, config.loss).loss_B,
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"label_smoothing": 0.1}, "of cdpo and robust"),
+        ({"variant": "robust"}, "need it above 0"),
+        ({"target_margin": 0.1}, "is simpo's"),
+        ({"variant": "simpo"}, "length_normalised"),
+    ],
+)
+def test_a_setting_that_the_variant_would_ignore_is_refused(
+    values: dict[str, object], message: str
+):
+    with pytest.raises(ValidationError, match=message):
+        DpoLossConfig.model_validate(values)
+
+
+def test_a_loss_that_the_method_would_ignore_is_refused():
+    with pytest.raises(ValidationError, match="is of dpo; coh has nothing"):
+        PreferenceTrainingConfig(method="coh", loss=DpoLossConfig(beta=0.2))
 
 
 def test_the_ipo_loss_by_hand():
@@ -58,7 +122,8 @@ def test_the_anchor_is_the_loss_per_token_of_the_chosen_answer():
     "config",
     [
         DpoLossConfig(),
-        DpoLossConfig(label_smoothing=0.2),
+        DpoLossConfig(variant="cdpo", label_smoothing=0.2),
+        DpoLossConfig(variant="robust", label_smoothing=0.2),
         DpoLossConfig(variant="ipo", beta=0.5),
         DpoLossConfig(logprobs="length_normalised"),
     ],

@@ -11,7 +11,12 @@ from speechalign.config.policy import ArConfig, NarConfig
 from speechalign.errors import ConfigError, DataError, MalformedCodes, UnspeakableText
 from speechalign.policy.ar import build_ar, load_ar, save_ar
 from speechalign.policy.nar import Nar, NarModel, load_nar, save_nar
-from speechalign.policy.prompt_format import answer_codes, answer_token_ids, prompt_token_ids
+from speechalign.policy.prompt_format import (
+    answer_codes,
+    answer_token_ids,
+    prompt_token_ids,
+    with_feedback,
+)
 from speechalign.policy.text import check_text
 from speechalign.policy.vocabulary import Vocabulary
 
@@ -27,6 +32,11 @@ def test_a_prompt_by_hand():
 
 def test_an_answer_by_hand():
     assert answer_token_ids(VOCABULARY, np.array([[7], [2], [5]])) == (15, 26, 1)
+
+
+def test_feedback_goes_in_front_and_replaces_earlier_feedback():
+    assert with_feedback((2, 8, 3, 42, 4), is_good=True) == (5, 2, 8, 3, 42, 4)
+    assert with_feedback((5, 2, 8, 3, 42, 4), is_good=False) == (6, 2, 8, 3, 42, 4)
 
 
 @given(hnp.arrays(np.int64, st.tuples(st.just(2), st.integers(0, 30)), elements=st.integers(0, 15)))

@@ -6,7 +6,7 @@ import pytest
 from speechalign.config.judges import RewardConfig, RewardTermConfig, SignalConfig
 from speechalign.errors import BudgetExceeded
 from speechalign.judges.base import Judgement
-from speechalign.rewards.combine import check_budget, combine
+from speechalign.rewards.combine import best_of_groups, check_budget, combine
 from speechalign.rewards.stage import JudgeStage
 from speechalign.types import Clip, Measured, Unmeasured
 
@@ -37,6 +37,27 @@ def test_missing_rewards_are_counted_up_to_the_budget_and_stop_the_run_above_it(
     assert check_budget(rewards, CONFIG) == 1
     with pytest.raises(BudgetExceeded, match=r"2 of 4 samples have no reward.*asr died"):
         check_budget([*rewards[:2], rewards[3], rewards[3]], CONFIG)
+
+
+def test_the_best_of_a_group_is_its_highest_reward_and_the_first_of_equals():
+    table = pa.table(
+        {
+            "prompt_id": ["a", "b", "a", "b", "a", "c"],
+            "sample_index": [0, 0, 1, 1, 2, 0],
+            "judge_errors": ["", "", "", "", "", "asr died"],
+            "wer": [0.5, 0.1, 0.2, 0.1, None, None],
+            "sim": [0.0, 0.0, 0.0, 0.0, 9.0, None],
+        }
+    )
+    config = CONFIG.model_copy(update={"failure_budget": 0.5})
+    best = best_of_groups(table, config)
+    assert best.select(["prompt_id", "sample_index"]).to_pylist() == [
+        {"prompt_id": "a", "sample_index": 1},
+        {"prompt_id": "b", "sample_index": 0},
+        {"prompt_id": "c", "sample_index": 0},
+    ]
+    with pytest.raises(BudgetExceeded, match="2 of 6 samples have no reward"):
+        best_of_groups(table, CONFIG)
 
 
 class EveryOtherClip:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speechalign.config.dpo import EarlyStopConfig
+from speechalign.config.preference_training import EarlyStopConfig
 from speechalign.config.training import EngineConfig
 from speechalign.policy.logprobs import answer_logprobs
 from speechalign.training.collate import BatchPlan, collate_answers, rows_of_rank

@@ -1,9 +1,11 @@
-"""DPO on Ray Train workers with a DeepSpeed engine.
+"""Training on pairs: DPO, fine-tuning on the chosen, chain of hindsight.
+
+Ray Train workers, each with a DeepSpeed engine:
 
     pairs -> held-out split by prompt -> updates -> looks at the held-out pairs -> best policy
 
 The reference's log-probs come from a cache, so a worker holds one model. At step 0 policy and
-reference are one, and the loss must be ln 2: the run stops if it is not.
+reference are one, and DPO's loss must be ln 2: the run stops if it is not.
 """
 
 import logging
@@ -19,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speechalign.artifacts import is_committed, manifest_facts, verify_folder
-from speechalign.config.dpo import DpoTrainingConfig
+from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.errors import ConfigError, Diverged, LogprobMismatch
 from speechalign.policy.ar import LoadedPolicy, load_ar, save_ar
 from speechalign.rows import pairs_from_table
@@ -29,10 +31,10 @@ from speechalign.training.early_stop import EarlyStop, Look
 from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
 from speechalign.training.losses import (
-    DpoOutput,
     PairLogprobs,
-    dpo_loss,
+    PairLoss,
     loss_of_an_unmoved_policy,
+    pair_loss,
 )
 from speechalign.training.metrics import MetricsWriter
 from speechalign.training.reference import cached_reference_logprobs, pair_logprobs
@@ -48,7 +50,7 @@ ReferenceLogprobs = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DpoPaths:
+class TrainingPaths:
     """Where a training reads and writes."""
 
     policy: Path
@@ -65,7 +67,7 @@ class DpoPaths:
         return self.output.with_name(f"{self.output.name}-work")
 
 
-def train_dpo(config: DpoTrainingConfig, paths: DpoPaths) -> None:
+def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> None:
     """Train on pairs and commit the best policy, its version one higher.
 
     Raises:
@@ -92,7 +94,7 @@ def train_dpo(config: DpoTrainingConfig, paths: DpoPaths) -> None:
             for name in ("policy", "reference", "pairs", "output")
         },
     }
-    run_workers(dpo_worker, settings, config.workers, paths.work / "ray")
+    run_workers(preference_worker, settings, config.workers, paths.work / "ray")
 
 
 def read_pairs(folder: Path) -> list[PreferencePair]:
@@ -102,7 +104,7 @@ def read_pairs(folder: Path) -> list[PreferencePair]:
 
 
 def split_pairs(
-    pairs: Sequence[PreferencePair], config: DpoTrainingConfig
+    pairs: Sequence[PreferencePair], config: PreferenceTrainingConfig
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Return (training, held-out) pairs; the pairs of one prompt stay together."""
     limit = round(config.heldout_share * 10_000)
@@ -117,12 +119,12 @@ def split_pairs(
     return train, heldout
 
 
-def dpo_worker(settings: dict[str, Any]) -> None:
+def preference_worker(settings: dict[str, Any]) -> None:
     """Train on this rank; rank 0 writes metrics and the policy."""
-    config = DpoTrainingConfig.model_validate(settings["config"])
-    paths = DpoPaths(**{name: Path(value) for name, value in settings["paths"].items()})
-    torch.manual_seed(derive_seed(config.seed, "dpo"))
-    trainer = _DpoTrainer(config, paths)
+    config = PreferenceTrainingConfig.model_validate(settings["config"])
+    paths = TrainingPaths(**{name: Path(value) for name, value in settings["paths"].items()})
+    torch.manual_seed(derive_seed(config.seed, "pairs"))
+    trainer = _PreferenceTrainer(config, paths)
     if world()[0] == 0:  # a killed training starts over: its metrics are not this one's
         (paths.work / "metrics.jsonl").unlink(missing_ok=True)
         shutil.rmtree(paths.work / "tensorboard", ignore_errors=True)
@@ -133,10 +135,10 @@ def dpo_worker(settings: dict[str, Any]) -> None:
     barrier()
 
 
-class _DpoTrainer:
+class _PreferenceTrainer:
     """One training: its model, its pairs, its looks."""
 
-    def __init__(self, config: DpoTrainingConfig, paths: DpoPaths) -> None:
+    def __init__(self, config: PreferenceTrainingConfig, paths: TrainingPaths) -> None:
         self._config, self._paths = config, paths
         self._policy: LoadedPolicy = load_ar(paths.policy, dtype="fp32")
         pairs = read_pairs(paths.pairs)
@@ -152,11 +154,12 @@ class _DpoTrainer:
         self._early_stop = EarlyStop(config.early_stop)
         self._stop_reason = "all epochs done"
         self._bad_updates = 0
+        self._drop_at_start = 0.0
 
     def run(self, metrics: MetricsWriter) -> None:
         """Update until the epochs are done or the held-out pairs say stop."""
         start = self._look(metrics)
-        if self._paths.policy == self._paths.reference:
+        if self._config.method == "dpo" and self._paths.policy == self._paths.reference:
             self._check_step0(start)
         self._early_stop.see(start)  # a policy worse than the start is never the best
         self._keep_if_best()
@@ -196,7 +199,7 @@ class _DpoTrainer:
 
     def _check_step0(self, start: Look) -> None:
         expected = loss_of_an_unmoved_policy(self._config.loss)
-        if abs(start.loss - expected) > STEP0_TOLERANCE:
+        if expected is not None and abs(start.loss - expected) > STEP0_TOLERANCE:
             raise LogprobMismatch(
                 f"at step 0 the loss is {start.loss:.5f}, that of an unmoved policy is "
                 f"{expected:.5f}; the cached reference is of another model or other pairs"
@@ -205,10 +208,9 @@ class _DpoTrainer:
     def _update(self, indices: list[int]) -> dict[str, float]:
         rank, num_ranks = world()
         pairs = [self._train[index] for index in rows_of_rank(indices, rank, num_ranks)]
-        with self._engine.autocast():
-            policy = pair_logprobs(self._engine.module, pairs)
+        policy = self._policy_logprobs(pairs)
         reference = self._reference_of(pairs, policy)
-        output = dpo_loss(policy, reference, self._config.loss)
+        output = pair_loss(policy, reference, self._config)
         total, count = output.loss_B.sum(), torch.tensor(float(len(pairs)))
         if torch.isfinite(global_sum(total)):
             self._bad_updates = 0
@@ -241,10 +243,9 @@ class _DpoTrainer:
             pairs = self._heldout[first : first + size]
             mine = rows_of_rank(pairs, rank, num_ranks) or pairs[:1]
             weight = len(rows_of_rank(pairs, rank, num_ranks))  # 0: only keeps the ranks in step
-            with self._engine.autocast():
-                policy = pair_logprobs(self._engine.module, mine)
+            policy = self._policy_logprobs(mine)
             reference = self._reference_of(mine, policy)
-            values = _local_means(dpo_loss(policy, reference, self._config.loss), policy, reference)
+            values = _local_means(pair_loss(policy, reference, self._config), policy, reference)
             names = list(values)
             row = torch.tensor([*values.values(), 1.0], device=self._engine.device) * weight
             sums = row if sums is None else sums + row
@@ -255,12 +256,20 @@ class _DpoTrainer:
         metrics.write(
             self._engine.step_index, {f"heldout_{name}": value for name, value in means.items()}
         )
+        if self._config.method == "coh" and self._engine.step_index == 0:
+            # The reference was never told feedback: being told it costs something at the start.
+            self._drop_at_start = means["chosen_drop"]
         return Look(
             step=self._engine.step_index,
             loss=means["loss"] - self._config.loss.sft_weight * means["anchor"],
             accuracy=means["accuracy"],
-            chosen_drop=means["chosen_drop"],
+            chosen_drop=means["chosen_drop"] - self._drop_at_start,
         )
+
+    def _policy_logprobs(self, pairs: Sequence[PreferencePair]) -> PairLogprobs:
+        tells_feedback = self._config.method == "coh"
+        with self._engine.autocast():
+            return pair_logprobs(self._engine.module, pairs, tells_feedback=tells_feedback)
 
     def _keep_if_best(self) -> None:
         best = self._early_stop.best
@@ -273,6 +282,8 @@ class _DpoTrainer:
             "heldout_loss": best.loss,
             "heldout_accuracy": best.accuracy,
         }
+        if self._config.method == "coh":
+            facts["knows_feedback"] = True
         with self._engine.whole_weights() as model:
             if world()[0] == 0:
                 assert isinstance(model, PreTrainedModel)  # noqa: S101 - load_ar made it
@@ -291,7 +302,7 @@ class _DpoTrainer:
 
 
 def _local_means(
-    output: DpoOutput, policy: PairLogprobs, reference: PairLogprobs
+    output: PairLoss, policy: PairLogprobs, reference: PairLogprobs
 ) -> dict[str, float]:
     chosen_B = policy.chosen_B.detach() / policy.chosen_tokens_B
     rejected_B = policy.rejected_B.detach() / policy.rejected_tokens_B
@@ -314,7 +325,7 @@ def _local_means(
     return {name: float(value_B.mean()) for name, value_B in values.items()}
 
 
-def _means(output: DpoOutput, policy: PairLogprobs, reference: PairLogprobs) -> dict[str, float]:
+def _means(output: PairLoss, policy: PairLogprobs, reference: PairLogprobs) -> dict[str, float]:
     """Return means over the pairs of all ranks."""
     values = _local_means(output, policy, reference)
     count = len(output.loss_B)
