@@ -93,11 +93,21 @@ def sft(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False)
     """Train an AR or a NAR model on golden codec tokens."""
     from speechalign.config.training import SftJob
     from speechalign.pipeline.cluster import connected
-    from speechalign.training.sft import run_sft
+    from speechalign.training.sft import run_training
 
     config = _resolved(SftJob, recipe, overrides, dry_run=dry_run)
     with connected():
-        out.print(f"model: {run_sft(config.sft)}", soft_wrap=True)
+        out.print(f"model: {run_training(config.sft)}", soft_wrap=True)
+
+
+@app.command("reward-model")
+def reward_model(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Train a reward model on the pairs of a run; its report has a calibration plot."""
+    from speechalign.config.training import RewardModelConfig
+    from speechalign.pipeline.reward_model import train_reward_model
+
+    config = _resolved(RewardModelConfig, recipe, overrides, dry_run=dry_run)
+    out.print(train_reward_model(config), soft_wrap=True)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Which models listen, and how the rewards are made of what they say."""
 
+from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, assert_never
 
 from pydantic import Field
@@ -59,9 +60,20 @@ class SignalConfig(JudgeBase):
     kind: Literal["signal"] = "signal"
 
 
+class RewardModelJudgeConfig(JudgeBase):
+    """A learned reward: `reward_model`. It reads the tokens and needs no sound."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    path: Path
+    """A folder of `speechalign reward-model`."""
+
+
+ListenerConfig: TypeAlias = (
+    RecogniserConfig | SpeakerConfig | DistillMosConfig | DnsMosConfig | SignalConfig
+)
+"""Judges that listen."""
 JudgeConfig: TypeAlias = Annotated[
-    RecogniserConfig | SpeakerConfig | DistillMosConfig | DnsMosConfig | SignalConfig,
-    Field(discriminator="kind"),
+    ListenerConfig | RewardModelJudgeConfig, Field(discriminator="kind")
 ]
 
 
@@ -82,7 +94,7 @@ def judge_measures(config: JudgeConfig) -> tuple[str, ...]:
             return ("speaker_similarity",)
         case SignalConfig():
             return ("duration_ratio", "silence_ratio")
-        case DistillMosConfig() | DnsMosConfig():
+        case DistillMosConfig() | DnsMosConfig() | RewardModelJudgeConfig():
             return (config.kind,)
         case _:
             assert_never(config)

@@ -49,23 +49,28 @@ class WorkersConfig(Config):
     """Restarts from the last checkpoint before the run gives up."""
 
 
-class SftBase(Config):
-    """What both supervised jobs share."""
+class TrainingJob(Config):
+    """What the jobs share that make one model from one set of data."""
 
-    golden: Path
-    """Golden codec tokens: a Parquet file or folder of `speechalign prepare`."""
     output: Path
     """Where the model is committed; checkpoints and metrics go to `<output>-work`."""
     seed: int = 0
     num_steps: int = Field(gt=0)
     rows_per_step: int = Field(default=20, gt=0)
-    """Clips a micro-batch, over all workers."""
+    """Clips, or pairs, a micro-batch, over all workers."""
     log_every: int = Field(default=50, gt=0)
     heldout_every: int = Field(default=500, gt=0)
-    num_heldout: int = Field(default=64, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
+
+
+class SftBase(TrainingJob):
+    """What both supervised jobs share."""
+
+    golden: Path
+    """Golden codec tokens: a Parquet file or folder of `speechalign prepare`."""
+    num_heldout: int = Field(default=64, gt=0)
 
 
 class SftArConfig(SftBase):
@@ -86,6 +91,23 @@ class SftNarConfig(SftBase):
 
 
 SftConfig: TypeAlias = Annotated[SftArConfig | SftNarConfig, Field(discriminator="kind")]
+
+
+class RewardModelConfig(TrainingJob):
+    """A file for `speechalign reward-model`: Bradley-Terry on the pairs of a run."""
+
+    kind: Literal["reward_model"] = "reward_model"
+    policy: Path
+    """The AR policy whose backbone it starts from."""
+    pairs: tuple[Path, ...] = Field(min_length=1)
+    """Folders with pairs, of `speechalign pair`."""
+    heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    """Of the prompts: their pairs are measured, never trained on."""
+
+
+TrainingConfig: TypeAlias = Annotated[
+    SftArConfig | SftNarConfig | RewardModelConfig, Field(discriminator="kind")
+]
 
 
 class SftJob(Config):

@@ -25,7 +25,7 @@ from speechalign.codec.embedded import SAMPLE_RATE_HZ, EmbeddedCodec
 from speechalign.codec.vocoder import analyse, synthesise
 from speechalign.config.judges import (
     DistillMosConfig,
-    JudgeConfig,
+    ListenerConfig,
     RecogniserConfig,
     SpeakerConfig,
 )
@@ -42,7 +42,7 @@ MEASURES = ("eval_wer", "speaker_similarity", "distillmos")
 NUM_LEVELS = (8, 4, 2, 1)
 GROUPS = {"hibari-tts": 40, "asterisk-core-sounds-en-g722": 25, "pocketsphinx-testdata": 5}
 """How many held-out clips of each source are judged."""
-JUDGES: tuple[JudgeConfig, ...] = (
+JUDGES: tuple[ListenerConfig, ...] = (
     RecogniserConfig(model="base", role="eval", beam_size=2),
     SpeakerConfig(),
     DistillMosConfig(),

@@ -64,6 +64,39 @@ def metric_over_iterations(
     return _svg(figure, f"{label}, system by system")
 
 
+def margin_histogram(margins_by_kind: Mapping[str, Sequence[float]]) -> str:
+    """Return how much more the chosen answers are worth, kind by kind; right of 0 is right."""
+    figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(list(margins_by_kind.values()), bins=24, label=list(margins_by_kind),
+              color=COLOURS[: len(margins_by_kind)])  # fmt: skip
+    axis.axvline(0.0, color="#444444", linewidth=0.8)
+    axis.set_title("held-out margins", fontsize=10)
+    axis.set_xlabel("reward of the chosen less that of the rejected")
+    axis.legend(fontsize=8, frameon=False)
+    return _svg(figure, "histogram of the margins of held-out pairs")
+
+
+def calibration(points: Sequence[tuple[float, float, int]]) -> str:
+    """Return how often the model is right against how sure it is; on the line is calibrated.
+
+    Args:
+        points: (mean confidence, share right, number of pairs) of each bin.
+    """
+    figure = Figure(figsize=(3.6, 3.0), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0.5, 1.0], [0.5, 1.0], color="#888888", linewidth=0.8)
+    axis.plot([p[0] for p in points], [p[1] for p in points], marker="o", color=COLOURS[0])
+    for confidence, share, count in points:
+        axis.annotate(str(count), (confidence, share), textcoords="offset points", xytext=(4, 4),
+                      fontsize=7)  # fmt: skip
+    axis.set_title("calibration, pairs a point", fontsize=10)
+    axis.set_xlabel("confidence")
+    axis.set_ylabel("share right")
+    axis.grid(alpha=0.25)
+    return _svg(figure, "share of held-out pairs that are right, by confidence")
+
+
 def time_split(seconds: Mapping[str, float]) -> str:
     """Return where the time of a pipeline's actors went."""
     figure = Figure(figsize=(6, 0.8 + 0.35 * len(seconds)), layout="constrained")

@@ -5,7 +5,7 @@ from typing import assert_never
 from speechalign.config.judges import (
     DistillMosConfig,
     DnsMosConfig,
-    JudgeConfig,
+    ListenerConfig,
     RecogniserConfig,
     SignalConfig,
     SpeakerConfig,
@@ -13,7 +13,7 @@ from speechalign.config.judges import (
 from speechalign.judges.base import Judge
 
 
-def build_judge(config: JudgeConfig) -> Judge:
+def build_judge(config: ListenerConfig) -> Judge:
     """Return the judge that a config names; its model is loaded here, in the actor.
 
     Raises:

@@ -11,12 +11,13 @@ import soundfile as sf
 from speechalign.artifacts import verify_folder
 from speechalign.codec.build import build_codec
 from speechalign.config.align import AlignConfig
-from speechalign.config.judges import RecogniserConfig
+from speechalign.config.judges import RecogniserConfig, RewardModelJudgeConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.judges.whisper import model_folder
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.sample import speaking_stages
 from speechalign.policy.nar import load_nar
+from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import GOLDEN, waveform_from_pcm
 from speechalign.sampling.pipeline import check_resources as check_pools
 from speechalign.sampling.pipeline import stream
@@ -34,6 +35,17 @@ def check_run(config: AlignConfig) -> None:
     for judge in (*config.judges, *config.evaluation.judges):
         if isinstance(judge, RecogniserConfig):
             model_folder(judge.model)
+        if isinstance(judge, RewardModelJudgeConfig):
+            _check_reward_model(judge.path, build_codec(config.codec).fingerprint)
+
+
+def _check_reward_model(path: Path, fingerprint: str) -> None:
+    found = load_reward_model(path).facts["codec_fingerprint"]
+    if found != fingerprint:
+        raise DataError(
+            f"reward model {path} was trained on codec {found}, this run's codec is "
+            f"{fingerprint}; train it again: `speechalign reward-model`"
+        )
 
 
 def check_artifacts(config: AlignConfig) -> str:

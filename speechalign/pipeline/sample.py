@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 
 from speechalign.artifacts import committed_folder, is_committed, manifest_facts, verify_folder
 from speechalign.config.align import AlignConfig
-from speechalign.config.judges import JudgeConfig, judge_name
+from speechalign.config.judges import JudgeConfig, RewardModelJudgeConfig, judge_name
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
+from speechalign.rewards.learned import RewardModelStage
 from speechalign.rewards.stage import JudgeStage
 from speechalign.sampling.pipeline import (
     SCORED,
@@ -86,13 +87,15 @@ def listening_stages(
         config.rendering,
         pool=config.pools.render,
     )
-    listening = [
-        Stage(
-            name=judge_name(judge), stage=JudgeStage, arguments={"config": judge}, pool=judge.pool
-        )
-        for judge in judges
-    ]
-    return [render, *listening]
+    return [render, *map(_judging, judges)]
+
+
+def _judging(judge: JudgeConfig) -> Stage:
+    stage: type[JudgeStage | RewardModelStage] = JudgeStage
+    if isinstance(judge, RewardModelJudgeConfig):
+        judge = judge.model_copy(update={"path": judge.path.resolve()})
+        stage = RewardModelStage
+    return Stage(name=judge_name(judge), stage=stage, arguments={"config": judge}, pool=judge.pool)
 
 
 def _sampling(config: AlignConfig, policy: Path) -> Stage:

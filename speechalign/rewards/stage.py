@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from speechalign.config.judges import JudgeConfig
+from speechalign.config.judges import ListenerConfig
 from speechalign.judges.base import Judge
 from speechalign.judges.build import build_judge
 from speechalign.rows import clip_from_row
@@ -30,7 +30,7 @@ class JudgeStage:
     batch's time.
     """
 
-    def __init__(self, config: JudgeConfig, judge: Judge | None = None) -> None:
+    def __init__(self, config: ListenerConfig, judge: Judge | None = None) -> None:
         self._judge = judge or build_judge(config)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -26,7 +26,7 @@ from speechalign.errors import ConfigError, Diverged, LogprobMismatch
 from speechalign.policy.ar import LoadedPolicy, load_ar, save_ar
 from speechalign.rows import pairs_from_table
 from speechalign.seeds import derive_seed
-from speechalign.training.collate import BatchPlan, rows_of_rank
+from speechalign.training.batches import BatchPlan, rows_of_rank
 from speechalign.training.early_stop import EarlyStop, Look
 from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
@@ -76,7 +76,7 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
         LogprobMismatch: the loss at step 0 is not that of an unmoved policy.
     """
     pairs = read_pairs(paths.pairs)
-    train, _ = split_pairs(pairs, config)
+    train, _ = split_pairs(pairs, config.heldout_share, config.seed)
     if len(train) < max(config.pairs_per_step, config.workers.num_workers):
         raise ConfigError(
             f"{len(train)} training pairs do not fill one step of {config.pairs_per_step} pairs "
@@ -104,14 +104,14 @@ def read_pairs(folder: Path) -> list[PreferencePair]:
 
 
 def split_pairs(
-    pairs: Sequence[PreferencePair], config: PreferenceTrainingConfig
+    pairs: Sequence[PreferencePair], heldout_share: float, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Return (training, held-out) pairs; the pairs of one prompt stay together."""
-    limit = round(config.heldout_share * 10_000)
+    limit = round(heldout_share * 10_000)
     train: list[PreferencePair] = []
     heldout: list[PreferencePair] = []
     for pair in pairs:
-        is_heldout = derive_seed(config.seed, "heldout", pair.prompt_id) % 10_000 < limit
+        is_heldout = derive_seed(seed, "heldout", pair.prompt_id) % 10_000 < limit
         (heldout if is_heldout else train).append(pair)
     if not heldout:  # a handful of pairs, by chance all on one side
         heldout = [pair for pair in train if pair.prompt_id == train[-1].prompt_id]
@@ -145,7 +145,7 @@ class _PreferenceTrainer:
         self._reference = cached_reference_logprobs(
             paths.reference, pairs, paths.work / "reference", config.engine.precision
         )
-        self._train, self._heldout = split_pairs(pairs, config)
+        self._train, self._heldout = split_pairs(pairs, config.heldout_share, config.seed)
         lengths = [len(p.chosen_token_ids) + len(p.rejected_token_ids) for p in self._train]
         self._plan = BatchPlan(lengths, config.pairs_per_step, config.seed)
         num_micro = config.num_epochs * self._plan.batches_per_epoch

@@ -25,10 +25,10 @@ from speechalign.artifacts import (
     verify_folder,
 )
 from speechalign.errors import LogprobMismatch
+from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import load_ar
 from speechalign.policy.logprobs import answer_logprobs
 from speechalign.policy.prompt_format import with_feedback
-from speechalign.training.collate import AnswerBatch, collate_answers
 from speechalign.training.losses import PairLogprobs
 from speechalign.types import PreferencePair, Sample
 

@@ -1,4 +1,4 @@
-"""`speechalign sft`: the AR or the NAR model, trained on golden tokens.
+"""One model from one set of data: the AR and the NAR model, and the reward model.
 
 The folder `<output>-work` holds checkpoints and metrics while it runs; `output` appears when the
 training is done. The same command resumes from the newest checkpoint.
@@ -15,10 +15,15 @@ from torch import Tensor, nn
 
 from speechalign.artifacts import commit_folder, is_committed, partial_folder, verify_folder
 from speechalign.config.load import config_hash
-from speechalign.config.training import SftArConfig, SftConfig, SftNarConfig
+from speechalign.config.training import (
+    RewardModelConfig,
+    SftArConfig,
+    SftNarConfig,
+    TrainingConfig,
+)
 from speechalign.errors import Diverged
 from speechalign.seeds import derive_seed
-from speechalign.training.collate import rows_of_rank
+from speechalign.training.batches import rows_of_rank
 from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
 from speechalign.training.metrics import MetricsWriter
@@ -51,7 +56,7 @@ class Task(Protocol):
         ...
 
 
-def run_sft(config: SftConfig) -> Path:
+def run_training(config: TrainingConfig) -> Path:
     """Train and commit a model; return its folder. A finished one is kept.
 
     Raises:
@@ -64,19 +69,30 @@ def run_sft(config: SftConfig) -> Path:
         return config.output
     build_task(config)  # a mistake in the data shows here, before any worker starts
     work = work_folder(config)
-    whole = {"golden": config.golden.resolve(), "output": config.output.resolve()}
-    settings = {"config": config.model_copy(update=whole).model_dump(mode="json")}
+    settings = {"config": _with_whole_paths(config).model_dump(mode="json")}
     run_workers(train_worker, settings, config.workers, work / "ray")
     return config.output
 
 
-def work_folder(config: SftConfig) -> Path:
+def _with_whole_paths(config: TrainingConfig) -> TrainingConfig:
+    """Workers have another working directory."""
+    whole: dict[str, object] = {}
+    for name, value in config:
+        if isinstance(value, Path):
+            whole[name] = value.resolve()
+        elif isinstance(value, tuple) and all(isinstance(part, Path) for part in value):
+            whole[name] = tuple(Path(part).resolve() for part in value)
+    return config.model_copy(update=whole)
+
+
+def work_folder(config: TrainingConfig) -> Path:
     """Return where checkpoints and metrics are."""
     return config.output.with_name(f"{config.output.name}-work")
 
 
-def build_task(config: SftConfig) -> Task:
+def build_task(config: TrainingConfig) -> Task:
     """Return the task that a config names."""
+    from speechalign.training.reward_model import RewardTask
     from speechalign.training.sft_ar import ArTask
     from speechalign.training.sft_nar import NarTask
 
@@ -86,13 +102,15 @@ def build_task(config: SftConfig) -> Task:
             return ArTask(config)
         case SftNarConfig():
             return NarTask(config)
+        case RewardModelConfig():
+            return RewardTask(config)
         case _:
             assert_never(config)
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train on this rank; rank 0 writes metrics and the model."""
-    config: SftConfig = TypeAdapter(SftConfig).validate_python(settings["config"])
+    config: TrainingConfig = TypeAdapter(TrainingConfig).validate_python(settings["config"])
     task = build_task(config)
     num_micro = config.num_steps * config.engine.num_accumulated
     engine = Engine(task.model, config.engine, config.num_steps)
@@ -119,7 +137,7 @@ class _Loop:
     """One update after another, with what it says of itself."""
 
     def __init__(
-        self, config: SftConfig, task: Task, engine: Engine, metrics: MetricsWriter
+        self, config: TrainingConfig, task: Task, engine: Engine, metrics: MetricsWriter
     ) -> None:
         self._config, self._task, self._engine, self._metrics = config, task, engine, metrics
         self._total = torch.zeros(())

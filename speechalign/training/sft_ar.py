@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speechalign.config.training import SftArConfig
+from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.logprobs import answer_logprobs
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
 from speechalign.policy.vocabulary import Vocabulary
-from speechalign.training.collate import AnswerBatch, BatchPlan, collate_answers
+from speechalign.training.batches import BatchPlan
 from speechalign.training.golden import GoldenSet, read_golden
 
 CODEBOOK_SIZE = 1024

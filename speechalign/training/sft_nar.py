@@ -18,7 +18,7 @@ from speechalign.config.training import SftNarConfig
 from speechalign.errors import ConfigError
 from speechalign.policy.nar import NarModel, save_nar
 from speechalign.seeds import derive_seed
-from speechalign.training.collate import BatchPlan
+from speechalign.training.batches import BatchPlan
 from speechalign.training.golden import GoldenSet, read_golden
 
 CODEBOOK_SIZE = 1024

@@ -10,7 +10,7 @@ from speechalign.config.codec import CodecTrainingConfig
 from speechalign.config.corpus import CorpusConfig
 from speechalign.config.load import load_config
 from speechalign.config.prepare import PrepareConfig
-from speechalign.config.training import SftJob
+from speechalign.config.training import RewardModelConfig, SftJob
 
 JOBS = Path(__file__).parents[2] / "jobs"
 MODELS: dict[str, type[Config]] = {
@@ -18,6 +18,7 @@ MODELS: dict[str, type[Config]] = {
     "codec": CodecTrainingConfig,
     "corpus": CorpusConfig,
     "prepare": PrepareConfig,
+    "reward": RewardModelConfig,
     "sft": SftJob,
 }
 

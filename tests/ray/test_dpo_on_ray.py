@@ -100,7 +100,7 @@ def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
 
 def test_a_policy_that_only_gets_worse_leaves_the_start(stack: TinyStack, tmp_path: Path):
     config = a_config(1, 0)
-    train, heldout = split_pairs(some_pairs(20), config)
+    train, heldout = split_pairs(some_pairs(20), config.heldout_share, config.seed)
     turned = [
         replace(
             pair,

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from speechalign.config.policy import ArConfig
-from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.training.preference import split_pairs
@@ -52,6 +51,6 @@ def test_the_reference_is_scored_in_the_precision_of_the_training(policy: Path, 
 
 def test_the_pairs_of_a_heldout_prompt_are_never_trained_on():
     pairs = [a_pair(f"p{number}", rank) for number in range(3) for rank in range(2)]
-    train, heldout = split_pairs(pairs, PreferenceTrainingConfig(heldout_share=0.0001))
+    train, heldout = split_pairs(pairs, 0.0001, 0)
     assert {pair.prompt_id for pair in heldout} == {"p2"}
     assert {pair.prompt_id for pair in train} == {"p0", "p1"}

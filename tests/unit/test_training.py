@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from speechalign.config.preference_training import EarlyStopConfig
 from speechalign.config.training import EngineConfig
+from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.logprobs import answer_logprobs
-from speechalign.training.collate import BatchPlan, collate_answers, rows_of_rank
+from speechalign.training.batches import BatchPlan, rows_of_rank
 from speechalign.training.early_stop import EarlyStop, Look
 from speechalign.training.engine import schedule_share
 

@@ -1,0 +1,108 @@
+"""A reward model learns what separates the sides of its pairs, and then rewards samples."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from speechalign.artifacts import committed_folder, manifest_facts
+from speechalign.config.align import AlignConfig
+from speechalign.config.training import EngineConfig, RewardModelConfig, WorkersConfig
+from speechalign.errors import ConfigError, DataError
+from speechalign.pipeline.align import run_align
+from speechalign.pipeline.reward_model import train_reward_model
+from speechalign.rows import pairs_to_table
+from speechalign.training.preference import PAIRS
+from speechalign.types import PairKind, PreferencePair
+from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+
+
+def write_pairs(folder: Path, fingerprint: str, count: int = 60) -> Path:
+    """Chosen answers are of low codes, rejected ones of high codes."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        PreferencePair(
+            pair_id=f"p{index}",
+            kind=PairKind.GOLDEN,
+            prompt_id=f"p{index}",
+            policy_version=0,
+            codec_fingerprint=fingerprint,
+            prompt_token_ids=(2, 8, 9, 3, 25, 4),
+            chosen_token_ids=(*rng.integers(8, 16, rng.integers(2, 9)).tolist(), 1),
+            rejected_token_ids=(*rng.integers(16, 24, rng.integers(2, 9)).tolist(), 1),
+            margin=1.0,
+        )
+        for index in range(count)
+    ]
+    with committed_folder(folder, {}) as partial:
+        pq.write_table(pairs_to_table(pairs), partial / PAIRS)
+    return folder
+
+
+def a_config(stack: TinyStack, folder: Path, pairs: Path) -> RewardModelConfig:
+    return RewardModelConfig(
+        policy=stack.ar,
+        pairs=(pairs,),
+        output=folder / "rm",
+        num_steps=20,
+        rows_per_step=8,
+        log_every=5,
+        heldout_every=10,
+        heldout_share=0.3,
+        engine=EngineConfig(learning_rate=3e-3),
+        workers=WorkersConfig(num_workers=2, max_failures=0),
+    )
+
+
+def test_it_learns_judges_a_run_and_is_kept(stack: TinyStack, tmp_path: Path):
+    fingerprint = manifest_facts(stack.ar)["codec_fingerprint"]
+    config = a_config(stack, tmp_path, write_pairs(tmp_path / "pairs", fingerprint))
+    said = train_reward_model(config)
+    facts = manifest_facts(config.output)
+    assert facts["heldout_accuracy"] > 0.9
+    assert "% right" in said
+    page = (tmp_path / "rm-work" / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    written = (config.output / "model.safetensors").stat().st_mtime_ns
+    train_reward_model(config)
+    assert (config.output / "model.safetensors").stat().st_mtime_ns == written
+
+    values = tiny_recipe(stack, tmp_path / "run").model_dump(mode="json")
+    values["judges"] = [{"kind": "reward_model", "path": str(config.output)}]
+    values["reward"] = {"terms": [{"measure": "reward_model", "weight": 1.0}]}
+    values["pairing"] = {"kinds": ["ranked"], "min_margin": 1e-6}
+    run = AlignConfig.model_validate(values)
+    run_align(run, until="pairs")
+    rows = pq.read_table(run.run_dir / "iteration-1" / "scored" / "scored.parquet").to_pylist()
+    assert all(row["reward_model"] is not None for row in rows if row["token_ids"])
+    pairs = pq.read_table(run.run_dir / "iteration-1" / "pairs" / "pairs.parquet").to_pylist()
+    rewards = {(row["prompt_id"], tuple(row["token_ids"])): row["reward_model"] for row in rows}
+    for pair in pairs:
+        chosen, rejected = (
+            rewards[pair["prompt_id"], tuple(pair[side])]
+            for side in ("chosen_token_ids", "rejected_token_ids")
+        )
+        assert chosen - rejected == pytest.approx(pair["margin"], abs=1e-5)
+
+
+def test_pairs_of_another_codec_are_refused_before_any_worker_starts(
+    stack: TinyStack, tmp_path: Path
+):
+    config = a_config(stack, tmp_path, write_pairs(tmp_path / "pairs", "other"))
+    with pytest.raises(DataError, match="their codes mean different sounds"):
+        train_reward_model(config)
+
+
+def test_too_few_pairs_are_refused(stack: TinyStack, tmp_path: Path):
+    fingerprint = manifest_facts(stack.ar)["codec_fingerprint"]
+    config = a_config(stack, tmp_path, write_pairs(tmp_path / "pairs", fingerprint, count=6))
+    with pytest.raises(ConfigError, match="do not fill one step of 8"):
+        train_reward_model(config)

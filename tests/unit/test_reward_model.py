@@ -1,0 +1,116 @@
+"""A reward is read at the last token of an answer, and nothing else of the padding counts."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from speechalign.config.judges import RewardModelJudgeConfig
+from speechalign.config.policy import ArConfig
+from speechalign.errors import ConfigError, CorruptArtifact, DataError
+from speechalign.evaluation.reward_model import calibration_points
+from speechalign.policy.answer_batch import collate_answers
+from speechalign.policy.ar import build_ar, save_ar
+from speechalign.policy.reward_model import RewardModel, load_reward_model, save_reward_model
+from speechalign.policy.vocabulary import Vocabulary
+from speechalign.rewards.learned import RewardModelStage
+from speechalign.training.reward_model import pair_margins
+from speechalign.types import PairKind, PreferencePair
+
+VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
+PROMPT, ANSWER = (2, 9, 3, 25, 4), (8, 9, 1)
+
+
+def a_model() -> RewardModel:
+    torch.manual_seed(0)
+    model = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY)
+    return RewardModel.on_policy(model).eval()
+
+
+def saved(folder: Path) -> Path:
+    save_reward_model(folder / "rm", a_model(), VOCABULARY, {"codec_fingerprint": "f"})
+    return folder / "rm"
+
+
+@torch.no_grad()
+def reward(model: RewardModel, *answers: tuple[int, ...]) -> list[float]:
+    return model(collate_answers([(PROMPT, answer) for answer in answers])).tolist()
+
+
+def test_the_reward_of_an_answer_does_not_depend_on_its_padding():
+    model = a_model()
+    alone, beside = reward(model, ANSWER)[0], reward(model, ANSWER, (*ANSWER[:2],) * 4)[0]
+    assert beside == pytest.approx(alone, abs=1e-6)
+
+
+def test_every_token_of_the_answer_counts_the_last_too():
+    model = a_model()
+    base, first, last = reward(model, ANSWER, (11, 9, 1), (8, 9, 12))
+    assert len({round(base, 5), round(first, 5), round(last, 5)}) == 3
+
+
+def test_a_margin_is_chosen_less_rejected():
+    pair = PreferencePair(
+        pair_id="p",
+        kind=PairKind.GOLDEN,
+        prompt_id="p",
+        policy_version=0,
+        codec_fingerprint="f",
+        prompt_token_ids=PROMPT,
+        chosen_token_ids=ANSWER,
+        rejected_token_ids=(11, 1),
+        margin=1.0,
+    )
+    model = a_model()
+    chosen, rejected = reward(model, ANSWER, (11, 1))
+    with torch.no_grad():
+        (margin,) = pair_margins(model, [pair]).tolist()
+    assert margin == pytest.approx(chosen - rejected, abs=1e-6)
+
+
+def test_a_saved_reward_model_gives_the_same_rewards(tmp_path: Path):
+    loaded = load_reward_model(saved(tmp_path))
+    assert loaded.rewards([(PROMPT, ANSWER)]) == reward(a_model(), ANSWER)
+
+
+def test_what_is_no_reward_model_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="speechalign reward-model"):
+        load_reward_model(tmp_path / "nowhere")
+    model = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY)
+    facts = {"codec_fingerprint": "f", "policy_version": 0, "prefix_frames": 4}
+    save_ar(tmp_path / "ar", model, VOCABULARY, facts)
+    with pytest.raises(ConfigError, match="'ar' artifact, not a reward model"):
+        load_reward_model(tmp_path / "ar")
+    folder = saved(tmp_path)
+    (folder / "vocabulary.json").write_text("{}")
+    with pytest.raises(CorruptArtifact):
+        load_reward_model(folder)
+
+
+def samples(*prompts: tuple[int, ...], codec: str = "f") -> pa.Table:
+    return pa.table(
+        {
+            "prompt_token_ids": [list(prompt) for prompt in prompts],
+            "token_ids": [list(ANSWER)] * len(prompts),
+            "codec_fingerprint": [codec] * len(prompts),
+        }
+    )
+
+
+def test_the_stage_rewards_samples_and_leaves_recordings_without(tmp_path: Path):
+    stage = RewardModelStage(RewardModelJudgeConfig(path=saved(tmp_path)))
+    table = stage(samples(PROMPT, (), PROMPT))
+    first, recording, last = table["reward_model"].to_pylist()
+    assert [first, last] == pytest.approx([reward(a_model(), ANSWER)[0]] * 2, abs=1e-6)
+    assert recording is None
+    with pytest.raises(DataError, match="their codes mean different sounds"):
+        stage(samples(PROMPT, codec="other"))
+
+
+def test_calibration_by_hand():
+    # five bins of one pair: |margin| 0, 0, 0, 0 and ln 3; only positive margins are right
+    points = calibration_points([0.0, 0.0, 0.0, 0.0, -1.0986123])
+    assert points[0] == (0.5, 0.0, 1)
+    assert points[-1] == (pytest.approx(0.75), 0.0, 1)
+    assert calibration_points([1.0986123])[-1] == (pytest.approx(0.75), 1.0, 1)
