@@ -1,5 +1,6 @@
 """A reward model learns what separates the sides of its pairs, and then rewards samples."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from speechalign.config.align import AlignConfig
 from speechalign.config.training import EngineConfig, RewardModelConfig, WorkersConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.align import run_align
+from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.reward_model import train_reward_model
 from speechalign.rows import pairs_to_table
 from speechalign.training.preference import PAIRS
@@ -23,6 +25,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
     return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with connected():  # one for all tests of the file
+        yield
 
 
 def write_pairs(folder: Path, fingerprint: str, count: int = 60) -> Path:

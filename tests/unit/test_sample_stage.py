@@ -9,7 +9,7 @@ import torch
 from speechalign.config.policy import ArConfig
 from speechalign.config.sampling import SamplingConfig, TransformersConfig
 from speechalign.policy.ar import build_ar, save_ar
-from speechalign.policy.vocabulary import Vocabulary
+from speechalign.policy.vocabulary import GOOD_ID, Vocabulary
 from speechalign.rows import prompts_to_table
 from speechalign.sampling.stages import SampleStage
 from speechalign.types import Prompt
@@ -36,14 +36,22 @@ def answers(folder: Path, version: int, *, common_seeds: bool) -> list[list[int]
     return token_ids(sampled(folder, version, sampling))
 
 
-def token_ids(table: pa.Table) -> list[list[int]]:
-    return [list(row["token_ids"]) for row in table.to_pylist()]
+def token_ids(table: pa.Table, column: str = "token_ids") -> list[list[int]]:
+    return [list(row[column]) for row in table.to_pylist()]
 
 
-def sampled(folder: Path, version: int, sampling: SamplingConfig) -> pa.Table:
+def test_a_policy_that_knows_feedback_is_asked_for_good_speech(tmp_path: Path):
+    sampling = SamplingConfig(max_new_tokens=1)
+    bare = token_ids(sampled(tmp_path, 0, sampling), "prompt_token_ids")
+    knows = sampled(tmp_path / "coh", 0, sampling, knows_feedback=True)
+    asked = token_ids(knows, "prompt_token_ids")
+    assert asked == [[GOOD_ID, *prompt] for prompt in bare]
+
+
+def sampled(folder: Path, version: int, sampling: SamplingConfig, **facts: object) -> pa.Table:
     torch.manual_seed(0)
     vocabulary = Vocabulary(symbols="ab", num_codebooks=1, codebook_size=48)
-    facts = {"codec_fingerprint": CODEC, "policy_version": version, "prefix_frames": 3}
+    facts = {"codec_fingerprint": CODEC, "policy_version": version, "prefix_frames": 3} | facts
     path = folder / f"{version}-{sampling.common_seeds}"
     model = build_ar(ArConfig(hidden_size=64, num_layers=1, num_heads=2), vocabulary)
     save_ar(path, model, vocabulary, facts)
