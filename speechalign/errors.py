@@ -9,6 +9,7 @@
         CorruptArtifact    a file that differs from its manifest
       BudgetExceeded       more rows failed than the run allows
       LogprobMismatch      sampler and trainer disagree about the same tokens
+      StaleRollouts        answers of another policy version than the step is for
       Diverged             training went where no policy comes back from
       EngineDead           an engine that will not answer again; the actor must be replaced
 
@@ -51,6 +52,10 @@ class BudgetExceeded(SpeechalignError, RuntimeError):
 
 class LogprobMismatch(SpeechalignError, RuntimeError):
     """Sampler and trainer disagree about the same tokens."""
+
+
+class StaleRollouts(SpeechalignError, RuntimeError):
+    """Answers of another policy version than the step is for."""
 
 
 class Diverged(SpeechalignError, RuntimeError):

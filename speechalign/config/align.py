@@ -1,9 +1,9 @@
 """A recipe of `speechalign align`: everything a run can be told, in the order of the data."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from speechalign.config.base import Config
 from speechalign.config.codec import CodecConfig, EmbeddedCodecConfig
@@ -14,6 +14,7 @@ from speechalign.config.judges import (
     RewardConfig,
     judge_measures,
 )
+from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.config.preferences import PairingConfig
 from speechalign.config.sampling import (
@@ -24,6 +25,20 @@ from speechalign.config.sampling import (
     SamplingPoolsConfig,
     VllmConfig,
 )
+
+ONLINE_METHODS = ("ppo", "grpo", "online_dpo")
+
+
+def _kind_of_training(values: Any) -> str:
+    method = values.get("method") if isinstance(values, dict) else values.method
+    return "online" if method in ONLINE_METHODS else "on_pairs"
+
+
+AlignTrainingConfig: TypeAlias = Annotated[
+    Annotated[PreferenceTrainingConfig, Tag("on_pairs")]
+    | Annotated[OnlineTrainingConfig, Tag("online")],
+    Discriminator(_kind_of_training),
+]
 
 
 class PipelineConfig(Config):
@@ -57,7 +72,7 @@ class AlignConfig(Config):
     judges: tuple[JudgeConfig, ...] = Field(min_length=1)
     reward: RewardConfig
     pairing: PairingConfig = PairingConfig()
-    training: PreferenceTrainingConfig = PreferenceTrainingConfig()
+    training: AlignTrainingConfig = PreferenceTrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
 
@@ -90,6 +105,19 @@ class AlignConfig(Config):
             raise ValueError("best_of_n picks among evaluation.best_of samples; set it above 1")
         if self.pipeline.iterations > 1:
             raise ValueError("best_of_n trains nothing; set pipeline.iterations to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _online_training_knows_what_it_samples(self) -> "AlignConfig":
+        if not isinstance(self.training, OnlineTrainingConfig):
+            return self
+        sampling, method = self.sampling, self.training.method
+        if len(set(sampling.temperatures)) > 1 or not sampling.temperatures[0]:
+            raise ValueError(f"{method} needs one sampling temperature, above 0")
+        if (sampling.top_p, sampling.top_k) != (1.0, 0):
+            raise ValueError(f"{method} learns from the whole softmax; remove top_p and top_k")
+        if method != "ppo" and sampling.samples_per_prompt < 2:
+            raise ValueError(f"{method} compares the answers of a prompt; sample at least 2")
         return self
 
     @model_validator(mode="after")

@@ -74,6 +74,15 @@ class Engine(Protocol):
         """
         ...
 
+    def score(
+        self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, ...]]:
+        """Return the log-probs at temperature 1 of given (prompt, answer) token ids.
+
+        One number a token of the answer.
+        """
+        ...
+
 
 def check_lengths(
     requests: Sequence[GenerationRequest], params: SamplingParams, max_model_len: int

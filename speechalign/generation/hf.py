@@ -18,7 +18,9 @@ from speechalign.generation.base import (
     SamplingParams,
     check_lengths,
 )
+from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import load_ar
+from speechalign.policy.logprobs import answer_logprobs
 from speechalign.policy.vocabulary import PAD_ID
 
 COMPACT_BELOW = 0.75
@@ -72,6 +74,19 @@ class TransformersEngine:
         for start in range(0, len(flat), size):
             self._answer(flat[start : start + size], params)
         return [[_finished(answer, params) for answer in group] for group in answers]
+
+    @torch.inference_mode()
+    def score(
+        self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, ...]]:
+        """Return the log-probs at temperature 1 of given (prompt, answer) token ids."""
+        batch = collate_answers(answers).to(torch.device(self._config.device))
+        logits_BSV = self._model(
+            input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
+        ).logits
+        logprobs_BS = answer_logprobs(logits_BSV, batch.input_ids_BS, batch.answer_mask_BS)
+        pairs = zip(logprobs_BS, batch.answer_mask_BS, strict=True)
+        return [tuple(logprobs_S[mask_S].tolist()) for logprobs_S, mask_S in pairs]
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(device=self._config.device).manual_seed(seed)

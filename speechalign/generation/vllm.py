@@ -84,14 +84,31 @@ class VllmEngine:
             for _ in request.seeds
         ]
         settings = [self._settings(params, seed) for r in requests for seed in r.seeds]
+        outputs = self._generate(prompts, settings)
+        flat = iter([_generation(output.outputs[0], params) for output in outputs])
+        return [[next(flat) for _ in request.seeds] for request in requests]
+
+    def score(
+        self, answers: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, ...]]:
+        """Return the log-probs at temperature 1 of given (prompt, answer) token ids."""
+        prompts = [{"prompt_token_ids": [*prompt, *answer]} for prompt, answer in answers]
+        settings = self._vllm.SamplingParams(
+            temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False
+        )
+        outputs = self._generate(prompts, settings)
+        return [
+            _prompt_logprobs(output, len(prompt))
+            for output, (prompt, _) in zip(outputs, answers, strict=True)
+        ]
+
+    def _generate(self, prompts: Any, settings: Any) -> Any:
         try:
-            outputs = self._llm.generate(prompts, settings, use_tqdm=False)
+            return self._llm.generate(prompts, settings, use_tqdm=False)
         except (RuntimeError, AssertionError) as error:
             # vLLM's loop has state that an exception leaves half updated: nothing after this
             # can be trusted, whatever the cause was.
             raise EngineDead(f"vLLM failed and must be started again: {error}") from error
-        flat = iter([_generation(output.outputs[0], params) for output in outputs])
-        return [[next(flat) for _ in request.seeds] for request in requests]
 
     def _settings(self, params: SamplingParams, seed: int) -> Any:
         return self._vllm.SamplingParams(
@@ -148,4 +165,11 @@ def _generation(output: Any, params: SamplingParams) -> Generation:
         token_ids=token_ids,
         logprobs=logprobs,
         is_truncated=not token_ids or token_ids[-1] != params.eos_id,
+    )
+
+
+def _prompt_logprobs(output: Any, start: int) -> tuple[float, ...]:
+    ids = output.prompt_token_ids
+    return tuple(
+        output.prompt_logprobs[place][ids[place]].logprob for place in range(start, len(ids))
     )

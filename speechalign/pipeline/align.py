@@ -14,6 +14,8 @@ from typing import Literal, TypeAlias
 
 from speechalign.artifacts import is_committed
 from speechalign.config.align import AlignConfig
+from speechalign.config.online_training import OnlineTrainingConfig
+from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.errors import ConfigError
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.evaluate import (
@@ -23,11 +25,13 @@ from speechalign.pipeline.evaluate import (
     resynthesise,
     write_candidates,
 )
+from speechalign.pipeline.online import train_online
 from speechalign.pipeline.pair import write_pairs
 from speechalign.pipeline.preflight import check_resources, check_run
 from speechalign.pipeline.report import write_run_report
 from speechalign.pipeline.run_directory import RunDirectory, open_run
 from speechalign.pipeline.sample import write_prompts, write_samples, write_scored
+from speechalign.training.online import OnlinePaths
 from speechalign.training.preference import TrainingPaths, train_on_pairs
 
 logger = logging.getLogger(__name__)
@@ -82,6 +86,8 @@ class Iteration:
                 raise ConfigError("best_of_n has no samples, pairs or training; evaluate it")
             self._run.stage(f"{name}/evaluation", self._evaluate)
             return None
+        if isinstance(config.training, OnlineTrainingConfig):
+            return self._run_online(until)
         stages: dict[str, Callable[[Path], None]] = {
             "samples": lambda folder: write_samples(config, self.policy_before, folder),
             "scored": lambda folder: write_scored(config, self.policy_before, folder),
@@ -98,12 +104,35 @@ class Iteration:
                 return folder
         return None
 
+    def _run_online(self, until: StageName) -> Path | None:
+        config, name = self._config, f"iteration-{self._number}"
+        if until in ("samples", "scored", "pairs"):
+            raise ConfigError(
+                f"{config.training.method} samples while it trains; run `train` or `evaluate`"
+            )
+        was_finished = is_committed(config.run_dir / name / "policy")
+        folder = self._run.stage(f"{name}/policy", self._train_online)
+        if until == "policy" and not was_finished:
+            return folder
+        self._run.stage(f"{name}/evaluation", self._evaluate)
+        return None
+
+    def _train_online(self, folder: Path) -> None:
+        train_online(
+            self._config,
+            OnlinePaths(policy=self.policy_before, reference=self._reference(), output=folder),
+        )
+
+    def _reference(self) -> Path:
+        start = self._number - 1 if self._config.pipeline.reference == "previous" else 0
+        return policy_after(self._config, start)
+
     def _train(self, folder: Path) -> None:
         config = self._config
-        start = self._number - 1 if config.pipeline.reference == "previous" else 0
+        assert isinstance(config.training, PreferenceTrainingConfig)  # noqa: S101 - `run` asked
         paths = TrainingPaths(
             policy=self.policy_before,
-            reference=policy_after(config, start),
+            reference=self._reference(),
             pairs=config.run_dir / f"iteration-{self._number}" / "pairs",
             output=folder,
         )

@@ -12,6 +12,7 @@ from speechalign.artifacts import verify_folder
 from speechalign.codec.build import build_codec
 from speechalign.config.align import AlignConfig
 from speechalign.config.judges import RecogniserConfig, RewardModelJudgeConfig
+from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.judges.whisper import model_folder
 from speechalign.pipeline.cluster import connected
@@ -37,6 +38,8 @@ def check_run(config: AlignConfig) -> None:
             model_folder(judge.model)
         if isinstance(judge, RewardModelJudgeConfig):
             _check_reward_model(judge.path, build_codec(config.codec).fingerprint)
+    if isinstance(config.training, OnlineTrainingConfig) and config.training.ppo.critic:
+        _check_reward_model(config.training.ppo.critic, build_codec(config.codec).fingerprint)
 
 
 def _check_reward_model(path: Path, fingerprint: str) -> None:
@@ -80,10 +83,16 @@ def check_resources(config: AlignConfig) -> str:
         check_pools(speaking_stages(config, config.policy, config.evaluation.judges), available)
         workers = config.training.workers
         wanted = workers.num_workers * workers.cpus_per_worker
+        beside = ""
+        if isinstance(config.training, OnlineTrainingConfig):
+            stages = speaking_stages(config, config.policy, config.judges)
+            pools = sum(stage.pool.num_actors * stage.pool.num_cpus for stage in stages)
+            wanted, beside = wanted + pools, f" and {pools:g} for the pools beside them"
         if wanted > available.get("CPU", 0.0):
             raise ConfigError(
-                f"training wants {wanted:g} CPUs for {workers.num_workers} workers, the cluster "
-                f"has {available.get('CPU', 0.0):g}; lower training.workers.num_workers"
+                f"training wants {wanted:g} CPUs for {workers.num_workers} workers{beside}, the "
+                f"cluster has {available.get('CPU', 0.0):g}; lower training.workers.num_workers, "
+                "their cpus_per_worker, or num_cpus of the pools"
             )
         return f"{available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs are enough"
 

@@ -36,6 +36,7 @@ from speechalign.errors import ConfigError, DataError, SpeechalignError
 from speechalign.rows import QUARANTINE
 from speechalign.sampling.actor_face import ActorFace
 from speechalign.sampling.rendering import FAILED
+from speechalign.sampling.rollouts import RolloutStage, Sampler
 from speechalign.sampling.stages import RenderStage, SampleStage
 
 LOGGER = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Stage:
     arguments: Mapping[str, Any]
     """Of its constructor."""
     pool: PoolConfig
+    takes_whole_blocks: bool = False
+    """Whether a block is a batch, whatever `pool.batch_size` says."""
 
 
 def sample_stage(
@@ -74,6 +77,17 @@ def sample_stage(
         "run_seed": run_seed,
     }
     return Stage(name="sample", stage=SampleStage, arguments=arguments, pool=pool)
+
+
+def rollout_stage(sampler: Sampler, *, pool: PoolConfig) -> Stage:
+    """Return the stage that samples from a policy in training."""
+    return Stage(
+        name="sample",
+        stage=RolloutStage,
+        arguments={"sampler": sampler},
+        pool=pool,
+        takes_whole_blocks=True,
+    )
 
 
 def render_stage(
@@ -126,21 +140,27 @@ def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
         ConfigError: the cluster is too small for the pools.
     """
     check_resources(stages, ray.cluster_resources())
+    size = stages[0].pool.batch_size
+    blocks = [table.slice(start, size) for start in range(0, table.num_rows, size)]
+    return stream_blocks(blocks, stages)
+
+
+def stream_blocks(blocks: Sequence[pa.Table], stages: Sequence[Stage]) -> ray.data.Dataset:
+    """Return the dataset that pulls the blocks through the stages, each as a block of its own.
+
+    Nothing runs before it is consumed. The order of rows is kept.
+    """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.raise_original_map_exception = True
-    size = stages[0].pool.batch_size
-    blocks: list[pa.Table | bytes] = [
-        table.slice(start, size) for start in range(0, table.num_rows, size)
-    ]
-    dataset = ray.data.from_arrow(blocks)
+    dataset = ray.data.from_arrow(list[pa.Table | bytes](blocks))
     for stage in stages:
         face = type(stage.stage.__name__, (ActorFace,), {})  # Ray shows the name of the class
         dataset = dataset.map_batches(
             face,
             fn_constructor_kwargs={"stage": stage.stage, "arguments": dict(stage.arguments)},
             compute=ray.data.ActorPoolStrategy(size=stage.pool.num_actors),
-            batch_size=stage.pool.batch_size,
+            batch_size=None if stage.takes_whole_blocks else stage.pool.batch_size,
             batch_format="pyarrow",
             num_cpus=stage.pool.num_cpus,
             num_gpus=stage.pool.num_gpus,

@@ -41,43 +41,44 @@ RENDER_SECONDS = pa.field("render_seconds", pa.float32(), nullable=False)
 """Seconds that an actor spent on a row: those of its batch, shared evenly."""
 
 
-class SampleStage:
-    """rows.PROMPT in, rows.SAMPLE and `sample_seconds` out: every prompt is answered N times.
+class Speaker:
+    """A policy that answers tables of prompts.
 
     A sample's seed is made of its prompt and index, so one row can be sampled again without the
-    others; and of its policy version, unless `common_seeds`: then all policies share their luck,
-    and less of the difference between two of them is chance.
+    others.
     """
 
-    def __init__(
-        self,
-        ar_folder: Path,
-        engine: GenerationEngineConfig,
-        sampling: SamplingConfig,
-        run_seed: int,
-    ) -> None:
-        self._engine: Engine = build_generation_engine(ar_folder, engine)
+    def __init__(self, ar_folder: Path, engine: Engine, sampling: SamplingConfig) -> None:
+        self.engine = engine
         self._vocabulary = Vocabulary.load(ar_folder / VOCABULARY)
         self._facts = manifest_facts(ar_folder)
         self._sampling = sampling
-        luck_of = "all policies" if sampling.common_seeds else self._engine.policy_version
-        self._seed_parts = (run_seed, "sampling", luck_of)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answer one batch of prompts.
+    def answer(self, batch: pa.Table, count: int, seed_parts: Sequence[str | int]) -> pa.Table:
+        """Return rows.SAMPLE with the answers of each prompt, one prompt after another.
+
+        Args:
+            batch: rows.PROMPT.
+            count: answers a prompt.
+            seed_parts: what the seeds are made of, beside prompt and index.
 
         Raises:
             DataError: a prompt is of another codec, or was never admitted (`admit_prompts`).
         """
-        started = time.perf_counter()
         prompts = prompts_from_table(batch)
-        requests = [self._request(prompt) for prompt in prompts]
+        requests = [
+            self._request(
+                prompt,
+                [derive_seed(*seed_parts, prompt.prompt_id, index) for index in range(count)],
+            )
+            for prompt in prompts
+        ]
         answers = self._answers(requests)
         samples = [
             Sample(
                 prompt_id=prompt.prompt_id,
                 sample_index=index,
-                policy_version=self._engine.policy_version,
+                policy_version=self.engine.policy_version,
                 codec_fingerprint=prompt.codec_fingerprint,
                 prompt_token_ids=request.prompt_token_ids,
                 token_ids=generation.token_ids,
@@ -88,8 +89,7 @@ class SampleStage:
             for prompt, request, group in zip(prompts, requests, answers, strict=True)
             for index, (temperature, generation) in enumerate(group)
         ]
-        table = samples_to_table(samples, {prompt.prompt_id: prompt for prompt in prompts})
-        return _with_seconds(table, SAMPLE_SECONDS, time.perf_counter() - started)
+        return samples_to_table(samples, {prompt.prompt_id: prompt for prompt in prompts})
 
     def _answers(
         self, requests: Sequence[GenerationRequest]
@@ -98,7 +98,7 @@ class SampleStage:
         temperatures = self._sampling.temperatures
         turns = len(temperatures)
         dealt = [
-            self._engine.generate(
+            self.engine.generate(
                 [replace(request, seeds=request.seeds[turn::turns]) for request in requests],
                 sampling_params(self._sampling, temperature),
             )
@@ -112,7 +112,7 @@ class SampleStage:
             for row, request in enumerate(requests)
         ]
 
-    def _request(self, prompt: Prompt) -> GenerationRequest:
+    def _request(self, prompt: Prompt, seeds: Sequence[int]) -> GenerationRequest:
         check_fingerprint(
             prompt.codec_fingerprint, self._facts["codec_fingerprint"], "the AR policy"
         )
@@ -124,11 +124,38 @@ class SampleStage:
         )
         if self._facts.get("knows_feedback"):
             ids = with_feedback(ids, is_good=True)
-        seeds = tuple(
-            derive_seed(*self._seed_parts, prompt.prompt_id, index)
-            for index in range(self._sampling.samples_per_prompt)
-        )
-        return GenerationRequest(prompt_token_ids=ids, seeds=seeds)
+        return GenerationRequest(prompt_token_ids=ids, seeds=tuple(seeds))
+
+
+class SampleStage:
+    """rows.PROMPT in, rows.SAMPLE and `sample_seconds` out: every prompt is answered N times.
+
+    The seeds are of a policy version, unless `common_seeds`: then all policies share their luck,
+    and less of the difference between two of them is chance.
+    """
+
+    def __init__(
+        self,
+        ar_folder: Path,
+        engine: GenerationEngineConfig,
+        sampling: SamplingConfig,
+        run_seed: int,
+    ) -> None:
+        built = build_generation_engine(ar_folder, engine)
+        self._speaker = Speaker(ar_folder, built, sampling)
+        luck_of = "all policies" if sampling.common_seeds else built.policy_version
+        self._seed_parts = (run_seed, "sampling", luck_of)
+        self._count = sampling.samples_per_prompt
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answer one batch of prompts.
+
+        Raises:
+            DataError: a prompt is of another codec, or was never admitted (`admit_prompts`).
+        """
+        started = time.perf_counter()
+        table = self._speaker.answer(batch, self._count, self._seed_parts)
+        return with_seconds(table, SAMPLE_SECONDS, time.perf_counter() - started)
 
 
 class RenderStage:
@@ -171,7 +198,7 @@ class RenderStage:
         for name, values in columns.items():
             field = RENDERED.field(name)
             batch = batch.append_column(field, pa.array(values, field.type))
-        return _with_seconds(batch, RENDER_SECONDS, time.perf_counter() - started)
+        return with_seconds(batch, RENDER_SECONDS, time.perf_counter() - started)
 
     def _golden_duration_s(self, answer: Answer) -> float:
         return answer.golden_codes_KT.shape[1] / self._codec.frame_rate_hz
@@ -196,6 +223,7 @@ def _answer(row: Row) -> Answer:
     )
 
 
-def _with_seconds(table: pa.Table, field: "pa.Field[Any]", seconds: float) -> pa.Table:
+def with_seconds(table: pa.Table, field: "pa.Field[Any]", seconds: float) -> pa.Table:
+    """Append the seconds of a batch, shared evenly by its rows."""
     share = seconds / max(table.num_rows, 1)
     return table.append_column(field, pa.array([share] * table.num_rows, pa.float32()))

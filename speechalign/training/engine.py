@@ -183,6 +183,14 @@ def global_sum(value: Tensor) -> Tensor:
     return total
 
 
+def global_max(value: Tensor) -> Tensor:
+    """Return the maximum over all ranks of a detached value."""
+    largest = value.detach().clone()
+    if world()[1] > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """Return a loss whose rank-averaged gradient is that of (sum of totals) / (sum of counts)."""
     return total * world()[1] / global_sum(count).clamp(min=1)

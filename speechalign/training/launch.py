@@ -3,13 +3,16 @@
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from speechalign.config.training import WorkersConfig
 from speechalign.errors import SpeechalignError
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ def run_workers(
     settings: dict[str, Any],
     workers: WorkersConfig,
     storage: Path,
+    datasets: "Mapping[str, Dataset] | None" = None,
 ) -> None:
     """Run a function on every worker of a torch process group, and wait for all.
 
@@ -33,12 +37,14 @@ def run_workers(
         workers: how many, and what each needs.
         storage: a folder that Ray Train may keep its state in; `metrics.jsonl` beside it is
             followed for progress.
+        datasets: by name; every worker gets its shard, block by block in order.
 
     Raises:
         SpeechalignError: what a worker raised, of the same type.
         RuntimeError: the workers died of something else.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.data import ExecutionOptions
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     uses_gpu = workers.gpus_per_worker > 0
@@ -51,6 +57,10 @@ def run_workers(
         train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=uses_gpu, resources_per_worker=resources
+        ),
+        datasets=dict(datasets or {}),
+        dataset_config=DataConfig(
+            execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
         ),
         torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
         run_config=RunConfig(

@@ -51,3 +51,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return rows
+
+
+def forget_metrics_after(folder: Path, step: int) -> None:
+    """Cut what a killed training wrote after its last checkpoint: it will be written again."""
+    path = folder / "metrics.jsonl"
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    if path.exists():
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))

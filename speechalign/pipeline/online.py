@@ -1,0 +1,148 @@
+"""PPO, GRPO and online DPO: one pipeline of rollouts beside the workers that learn from them.
+
+prompts -> RolloutStage -> RenderStage -> a pool per judge -> shards of the Ray Train workers
+^                                                          |
++----------------- published policy versions --------------+
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from speechalign.artifacts import manifest_facts
+from speechalign.config.align import AlignConfig
+from speechalign.config.judges import RewardConfig
+from speechalign.config.online_training import OnlineTrainingConfig
+from speechalign.errors import ConfigError, SpeechalignError
+from speechalign.pipeline.sample import TRAIN, listening_stages, read_prompts
+from speechalign.policy.ar import VOCABULARY
+from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
+from speechalign.policy.versions import Probe
+from speechalign.policy.vocabulary import Vocabulary
+from speechalign.rewards.combine import combine
+from speechalign.rows import Row, prompts_from_table, score_from_cell
+from speechalign.sampling.pipeline import rollout_stage, stream_blocks
+from speechalign.sampling.rollouts import Sampler, plan_rollouts
+from speechalign.seeds import derive_seed
+from speechalign.training.launch import run_workers
+from speechalign.training.online import ROLLOUTS, OnlineJob, OnlinePaths, finished_steps
+from speechalign.training.online_base import OnlineTask
+from speechalign.types import Score
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBES = 4
+
+
+def train_online(config: AlignConfig, paths: OnlinePaths) -> None:
+    """Train a policy on its own answers and commit its best version.
+
+    Workers that die are started again from the last checkpoint, `workers.max_failures` times.
+
+    Raises:
+        ConfigError: too few prompts.
+        LogprobMismatch, StaleRollouts, BudgetExceeded: what a worker or a sampler found.
+        RuntimeError: the workers died once too often.
+    """
+    training = config.training
+    assert isinstance(training, OnlineTrainingConfig)  # noqa: S101 - the pipeline asked
+    paths = OnlinePaths(
+        policy=paths.policy.resolve(),
+        reference=paths.reference.resolve(),
+        output=paths.output.resolve(),
+    )
+    learned, heldout = _split(read_prompts(config, TRAIN), training)
+    probes = _probes(learned.slice(0, NUM_PROBES), paths.policy)
+    job = OnlineJob(
+        task=OnlineTask(
+            config=_with_whole_paths(training),
+            temperature=config.sampling.temperatures[0],
+            samples_per_prompt=config.sampling.samples_per_prompt,
+        ),
+        paths=paths,
+        probes=probes,
+        rewards=partial(rewards_of, config=config.reward),
+        failure_budget=config.reward.failure_budget,
+    )
+    sampler = Sampler(
+        versions=paths.versions,
+        engine=config.engine,
+        sampling=config.sampling,
+        run_seed=config.seed,
+        heldout_answers=training.heldout.answers_per_prompt,
+        probes=probes,
+        max_logprob_difference=training.max_logprob_difference,
+        timeout_s=training.publication_timeout_s,
+    )
+    listening = listening_stages(config, paths.policy, config.judges)
+    stages = [
+        rollout_stage(sampler, pool=config.pools.sample),
+        # A stage that waits for fuller batches would wait for the next step, and that for this one.
+        *(replace(stage, takes_whole_blocks=True) for stage in listening),
+    ]
+    once = training.workers.model_copy(update={"max_failures": 0})
+    for attempt in range(training.workers.max_failures + 1):
+        steps = range(finished_steps(paths), training.num_steps)
+        dataset = stream_blocks(plan_rollouts(learned, heldout, steps, training), stages)
+        try:
+            run_workers(job, {}, once, paths.work / "ray", {ROLLOUTS: dataset})
+        except RuntimeError as error:  # of a worker that died; our own errors have other types
+            if isinstance(error, SpeechalignError) or attempt == training.workers.max_failures:
+                raise
+            logger.warning("%s; starting again from step %d", error, finished_steps(paths))
+        else:
+            return
+
+
+def rewards_of(rows: Sequence[Row], *, config: RewardConfig) -> list[Score]:
+    """Return the rewards of judged rows."""
+    measures = sorted({term.measure for term in config.terms})
+    return [
+        combine(
+            {name: score_from_cell(row[name], row["judge_errors"]) for name in measures}, config
+        )
+        for row in rows
+    ]
+
+
+def _split(prompts: pa.Table, training: OnlineTrainingConfig) -> tuple[pa.Table, pa.Table]:
+    """Return the prompts to learn from, and those that are only looked at."""
+    count = training.heldout.num_prompts
+    if prompts.num_rows < count + training.prompts_per_step:
+        raise ConfigError(
+            f"{prompts.num_rows} prompts are fewer than the {count} of training.heldout and one "
+            f"step of {training.prompts_per_step}; raise prompts.num_prompts"
+        )
+    rng = np.random.default_rng(derive_seed(training.seed, "heldout prompts"))
+    order = rng.permutation(prompts.num_rows)
+    return prompts.take(np.sort(order[count:])), prompts.take(np.sort(order[:count]))
+
+
+def _probes(prompts: pa.Table, policy: Path) -> tuple[Probe, ...]:
+    """Return golden answers: nobody's training changes them."""
+    vocabulary, facts = Vocabulary.load(policy / VOCABULARY), manifest_facts(policy)
+    return tuple(
+        Probe(
+            prompt_token_ids=prompt_token_ids(
+                vocabulary,
+                prompt.phonemes,
+                prompt.speaker_codes_KT,
+                prefix_frames=facts["prefix_frames"],
+            ),
+            answer_token_ids=answer_token_ids(vocabulary, prompt.golden_codes_KT),
+        )
+        for prompt in prompts_from_table(prompts)
+    )
+
+
+def _with_whole_paths(training: OnlineTrainingConfig) -> OnlineTrainingConfig:
+    """Workers have another working directory."""
+    if training.ppo.critic is None:
+        return training
+    ppo = training.ppo.model_copy(update={"critic": training.ppo.critic.resolve()})
+    return training.model_copy(update={"ppo": ppo})

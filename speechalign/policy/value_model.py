@@ -1,0 +1,49 @@
+"""PPO's critic: the expected return just before every token.
+
+The backbone of a policy or of a reward model, and a scalar head, which starts at zero unless the
+reward model brings one (Ouyang et al. 2022, appendix C.4).
+
+Shapes: B rows, S token positions, D hidden size.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from speechalign.policy.answer_batch import AnswerBatch
+from speechalign.policy.ar import load_ar
+from speechalign.policy.reward_model import load_reward_model
+
+
+class ValueModel(nn.Module):
+    """One number for each position."""
+
+    def __init__(self, backbone: PreTrainedModel, head: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        if head is None:
+            head = nn.Linear(backbone.config.hidden_size, 1, bias=False)
+            nn.init.zeros_(head.weight)
+        self.head = head
+
+    @classmethod
+    def of_policy(cls, folder: Path) -> "ValueModel":
+        """Return a critic that starts from a policy."""
+        return cls(cast("PreTrainedModel", load_ar(folder).model.base_model))
+
+    @classmethod
+    def of_reward_model(cls, folder: Path) -> "ValueModel":
+        """Return a critic that starts from a reward model, its head included."""
+        loaded = load_reward_model(folder).model
+        return cls(loaded.backbone, loaded.head)
+
+    def forward(self, batch: AnswerBatch) -> Tensor:
+        """Return value_BS: at the place of each answer token, what was expected before it."""
+        hidden_BSD = self.backbone(
+            input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
+        ).last_hidden_state
+        before_BS = self.head(hidden_BSD[:, :-1]).squeeze(-1).float()
+        return torch.nn.functional.pad(before_BS, (1, 0)) * batch.answer_mask_BS

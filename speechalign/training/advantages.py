@@ -1,0 +1,102 @@
+"""From rewards to advantages, and what it costs to leave the reference. Pure.
+
+group     Shao et al. 2024 (GRPO), eq. 3; without the division: Liu et al. 2025 (Dr. GRPO)
+GAE       Schulman et al. 2016, eq. 16
+whitening Ouyang et al. 2022, as in their code: over all tokens of the batch
+control   Ziegler et al. 2019, section 2.2
+
+Shapes: G answers of a prompt, B answers, S positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from speechalign.config.online_training import KlConfig
+
+STD_FLOOR = 1e-6
+
+
+def group_advantages(rewards_G: Tensor, *, divides_by_std: bool) -> Tensor | None:
+    """Return how much better than the mean of its group each answer is.
+
+    Nothing, if all are worth the same: such a group teaches nothing and is counted, not trained on.
+
+    Args:
+        rewards_G: of one prompt, the measured ones only.
+        divides_by_std: by the sample standard deviation.
+    """
+    if len(rewards_G) < 2 or float(rewards_G.max() - rewards_G.min()) < STD_FLOOR:
+        return None
+    centred_G = rewards_G - rewards_G.mean()
+    return centred_G / (rewards_G.std() + STD_FLOOR) if divides_by_std else centred_G
+
+
+def rewards_per_token(
+    terminal_B: Tensor, divergence_BS: Tensor, mask_BS: Tensor, coefficient: float
+) -> Tensor:
+    """Return reward_BS: the KL's cost at every token, the reward at the last one.
+
+    Args:
+        terminal_B: the reward of each answer.
+        divergence_BS: log policy - log reference of the tokens.
+        mask_BS: true on the answer, its stop token included; right-padded, no gaps.
+        coefficient: of the KL.
+    """
+    reward_BS = -coefficient * divergence_BS * mask_BS
+    last_BS = mask_BS & ~torch.nn.functional.pad(mask_BS, (0, 1))[:, 1:]
+    return reward_BS + last_BS * terminal_B[:, None]
+
+
+def gae(
+    rewards_BS: Tensor, values_BS: Tensor, mask_BS: Tensor, discount: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Return (advantage_BS, return_BS), zero off the answers.
+
+    Args:
+        rewards_BS: of each token.
+        values_BS: expected return just before each token.
+        mask_BS: true on the answer.
+        discount: of a token's future.
+        lam: GAE's lambda; 1 is Monte Carlo, 0 one step.
+    """
+    advantages_BS = torch.zeros_like(rewards_BS)
+    following_B = torch.zeros_like(rewards_BS[:, 0])
+    next_value_B = torch.zeros_like(following_B)
+    for position in reversed(range(rewards_BS.shape[1])):
+        on_B = mask_BS[:, position]
+        delta_B = rewards_BS[:, position] + discount * next_value_B - values_BS[:, position]
+        following_B = torch.where(on_B, delta_B + discount * lam * following_B, 0.0)
+        next_value_B = torch.where(on_B, values_BS[:, position], 0.0)
+        advantages_BS[:, position] = following_B
+    return advantages_BS, (advantages_BS + values_BS) * mask_BS
+
+
+def whitening(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """Return (sum, sum of squares, count) of the masked values; add them up over ranks."""
+    kept = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
+    return torch.stack([kept.sum(), kept.square().sum(), kept.new_tensor(float(len(kept)))])
+
+
+def whitened(values_BS: Tensor, mask_BS: Tensor, sums: Tensor) -> Tensor:
+    """Return the values with the mean and variance of `sums` taken out, zero off the mask."""
+    total, squares, count = sums
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=0)
+    return (values_BS - mean) / (variance.sqrt() + STD_FLOOR) * mask_BS
+
+
+class KlController:
+    """The coefficient of the KL, step after step."""
+
+    def __init__(self, config: KlConfig) -> None:
+        self._config = config
+        self.coefficient = config.coefficient
+
+    def see(self, kl: float) -> None:
+        """Move an adaptive coefficient towards the target; a fixed one stays."""
+        if self._config.controller == "fixed":
+            return
+        error = min(max(kl / self._config.target - 1, -0.2), 0.2)
+        self.coefficient *= 1 + error / self._config.horizon_steps

@@ -1,0 +1,119 @@
+"""What held-out answers say of a policy in training, and when it must stop.
+
+The answers were drawn by the policy itself, so its log-probs of them are what KL and entropy are
+estimated from (Schulman 2020): no pass of the policy is needed, one of the reference is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speechalign.config.online_training import OnlineGuardsConfig
+from speechalign.policy.answer_batch import collate_answers
+from speechalign.training.online_base import TrainedPolicy
+from speechalign.training.policy_losses import kl_k1, kl_k3
+from speechalign.training.rollouts import Rollout, gathered
+from speechalign.training.running_means import RunningMeans
+
+ANSWERS_PER_PASS = 16
+
+
+def look_at(rollouts: Sequence[Rollout], policy: TrainedPolicy) -> dict[str, float]:
+    """Return reward, stop share, length, entropy and KL of held-out answers, over all ranks.
+
+    Entropy and KL are per token, of the policy that drew the answers.
+    """
+    means = RunningMeans(["reward", "stop_share", "length", "entropy", "kl_k1", "kl_k3"])
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    means.add("reward", torch.tensor(rewards))
+    means.add("stop_share", torch.tensor([not rollout.is_truncated for rollout in rollouts]))
+    means.add("length", torch.tensor([len(rollout.token_ids) for rollout in rollouts]))
+    for first in range(0, len(rollouts), ANSWERS_PER_PASS):
+        part = rollouts[first : first + ANSWERS_PER_PASS]
+        sampled = [torch.tensor(rollout.sampler_logprobs) for rollout in part]
+        for own_A, reference_A in zip(sampled, _reference(part, policy), strict=True):
+            means.add("entropy", -own_A)
+            means.add("kl_k1", kl_k1(own_A, reference_A))
+            means.add("kl_k3", kl_k3(own_A, reference_A))
+    return means.over_ranks(policy.engine.device)
+
+
+def _reference(rollouts: Sequence[Rollout], policy: TrainedPolicy) -> list[Tensor]:
+    batch = collate_answers([rollout.row for rollout in rollouts]).to(policy.engine.device)
+    reference_BS, _ = policy.reference(batch)
+    return [values.cpu() for values in gathered(reference_BS, batch.answer_mask_BS)]
+
+
+@dataclass(slots=True, kw_only=True)
+class Looks:
+    """The best look so far."""
+
+    best_step: int = 0
+    best_reward: float = float("-inf")
+    num_since_best: int = 0
+    first_entropy: float = 0.0
+
+    def see(self, step: int, look: Mapping[str, float], guards: OnlineGuardsConfig) -> str | None:
+        """Remember a look; return why training must stop, or nothing.
+
+        A look that a guard refuses is never the best one.
+        """
+        if not self.first_entropy:
+            self.first_entropy = look["entropy"]
+        reason = self._refused(step, look, guards)
+        if reason is not None:
+            return reason
+        if look.get("reward", float("-inf")) > self.best_reward:
+            self.best_step, self.best_reward, self.num_since_best = step, look["reward"], 0
+            return None
+        self.num_since_best += 1
+        if self.num_since_best >= guards.patience:
+            return (
+                f"step {step}: the held-out reward was not above {self.best_reward:.4f} of step "
+                f"{self.best_step} for {self.num_since_best} looks"
+            )
+        return None
+
+    def _refused(
+        self, step: int, look: Mapping[str, float], guards: OnlineGuardsConfig
+    ) -> str | None:
+        if look["kl_k1"] > guards.max_kl:
+            return (
+                f"step {step}: the policy is {look['kl_k1']:.3f} nats a token from the reference, "
+                f"more than guards.max_kl {guards.max_kl}"
+            )
+        if look["entropy"] < guards.min_entropy_share * self.first_entropy:
+            return (
+                f"step {step}: the entropy fell from {self.first_entropy:.3f} to "
+                f"{look['entropy']:.3f} nats a token, below guards.min_entropy_share "
+                f"{guards.min_entropy_share}"
+            )
+        return self.guard_step(look, step, guards)
+
+    def guard_step(
+        self, values: Mapping[str, float], step: int, guards: OnlineGuardsConfig
+    ) -> str | None:
+        """Return why training must stop after a step, or nothing."""
+        if values["stop_share"] < guards.min_stop_share:
+            return (
+                f"step {step}: only {values['stop_share']:.0%} of the answers end by themselves, "
+                f"guards.min_stop_share is {guards.min_stop_share:.0%}"
+            )
+        return None
+
+
+def idle_share(busy: Sequence[tuple[float, float]], start_s: float, end_s: float) -> float:
+    """Return the share of the time in which nobody was busy.
+
+    Args:
+        busy: (from, until) of anybody's work, in any order, overlapping or not.
+        start_s: of the time that counts.
+        end_s: of the time that counts.
+    """
+    covered, reached = 0.0, start_s
+    for begin, end in sorted(busy):
+        covered += max(0.0, min(end, end_s) - max(begin, reached))
+        reached = max(reached, end)
+    return 1 - covered / max(end_s - start_s, 1e-9)
