@@ -33,7 +33,7 @@ class PipelineConfig(Config):
     iterations: int = Field(default=1, gt=0)
     """Sample, judge, pair, train, evaluate: once each an iteration (SpeechAlign, Algorithm 1)."""
     earlier_pairs: Literal["none", "previous", "all"] = "previous"
-    """What to train on beside the new pairs: those of the iteration before, as the paper, or all."""
+    """Trained on beside the new pairs: those of the iteration before (the paper), or of all."""
     reference: Literal["previous", "first"] = "previous"
     """DPO's frozen reference: the policy of the iteration before, or the one of the start."""
     guards: GuardsConfig = GuardsConfig()
