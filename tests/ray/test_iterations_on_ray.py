@@ -35,7 +35,7 @@ def versions_of_pairs(run_dir: Path) -> list[list[int]]:
         pq.read_table(run_dir / f"iteration-{number}" / "pairs" / "pairs.parquet")
         for number in (1, 2, 3)
     ]
-    return [list(dict.fromkeys(map(int, table["policy_version"].to_pylist()))) for table in tables]
+    return [list(dict.fromkeys(row["policy_version"] for row in t.to_pylist())) for t in tables]
 
 
 @pytest.mark.timeout(600)
