@@ -12,6 +12,7 @@ from speechalign.artifacts import committed_folder, manifest_facts, verify_folde
 from speechalign.config.align import AlignConfig
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.cluster import connected
+from speechalign.pipeline.pair import write_pairs
 from speechalign.sampling.pipeline import SCORED
 from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 
@@ -38,7 +39,7 @@ def versions_of_pairs(run_dir: Path) -> list[list[int]]:
     return [list(dict.fromkeys(row["policy_version"] for row in t.to_pylist())) for t in tables]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_three_iterations_are_reported_one_by_one(stack: TinyStack, tmp_path: Path):
     pipeline = {"iterations": 3, "reference": "first"}
     config = tiny_recipe(stack, tmp_path / "run", pipeline=pipeline)
@@ -72,18 +73,38 @@ def test_three_iterations_are_reported_one_by_one(stack: TinyStack, tmp_path: Pa
     assert f"best: {names[best['iteration']]}" in outcome.text
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("kept", "versions"), [("none", [[0], [1], [2]]), ("all", [[0], [0, 1], [0, 1, 2]])]
-)
-def test_earlier_pairs_are_all_kept_or_none(
-    stack: TinyStack, tmp_path: Path, kept: str, versions: list[list[int]]
-):
-    pipeline = {"iterations": 3, "earlier_pairs": kept}
-    config = tiny_recipe(stack, tmp_path / "run", pipeline=pipeline)
-    for _ in range(3):
-        run_align(config, until="pairs")  # of the next unfinished iteration
-    assert versions_of_pairs(config.run_dir) == versions
+def as_iteration(config: AlignConfig, number: int) -> None:
+    """Let the samples of iteration 1 be those of a later iteration's policy."""
+    table = pq.read_table(config.run_dir / "iteration-1" / "scored" / SCORED)
+    changes = {
+        "policy_version": pa.array([number - 1] * len(table), pa.int64()),
+        "temperature": pa.array([0.7] * len(table), pa.float32()),  # no policy to probe
+    }
+    for name, column in changes.items():
+        index = table.column_names.index(name)
+        table = table.set_column(index, name, column.cast(table.schema.field(name).type))
+    folder = config.run_dir / f"iteration-{number}" / "scored"
+    with committed_folder(folder, {"kind": "scored"}) as partial:
+        pq.write_table(table, partial / SCORED)
+
+
+@pytest.mark.timeout(1200)
+def test_earlier_pairs_are_none_or_the_previous_or_all(stack: TinyStack, tmp_path: Path):
+    config = tiny_recipe(stack, tmp_path / "run", pipeline={"iterations": 3})
+    run_align(config, until="scored")
+    kept = {
+        "none": [[0], [1], [2]],
+        "previous": [[0], [0, 1], [1, 2]],
+        "all": [[0], [0, 1], [0, 1, 2]],
+    }
+    for earlier, versions in kept.items():
+        pipeline = config.pipeline.model_copy(update={"earlier_pairs": earlier})
+        changed = config.model_copy(update={"pipeline": pipeline})
+        for number in (1, 2, 3):
+            if number > 1:
+                as_iteration(config, number)
+            write_pairs(changed, number, config.run_dir / f"iteration-{number}" / "pairs")
+        assert versions_of_pairs(config.run_dir) == versions
 
 
 def lengthen(config: AlignConfig, iteration: int) -> None:
@@ -96,7 +117,7 @@ def lengthen(config: AlignConfig, iteration: int) -> None:
         pq.write_table(table.set_column(column, "duration_ratio", ratios), partial / SCORED)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_guard_stops_the_run_keeps_the_start_and_stops_it_again(stack: TinyStack, tmp_path: Path):
     pipeline = {"iterations": 2, "guards": {"stop_when_worse": True}}
     config = tiny_recipe(stack, tmp_path / "run", pipeline=pipeline)
