@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from speechalign.config.base import Config
 from speechalign.config.codec import CodecConfig, EmbeddedCodecConfig
 from speechalign.config.evaluation import EvaluationConfig
+from speechalign.config.guards import GuardsConfig
 from speechalign.config.judges import (
     JudgeConfig,
     RecogniserConfig,
@@ -46,10 +47,11 @@ class PipelineConfig(Config):
 
     iterations: int = Field(default=1, gt=0)
     """Sample, judge, pair, train, evaluate: once each an iteration (SpeechAlign, Algorithm 1)."""
-    keep_earlier_pairs: bool = True
-    """Train on the pairs of all iterations so far, as the paper does."""
+    earlier_pairs: Literal["none", "previous", "all"] = "previous"
+    """Trained on beside the new pairs: those of the iteration before (the paper), or of all."""
     reference: Literal["previous", "first"] = "previous"
     """DPO's frozen reference: the policy of the iteration before, or the one of the start."""
+    guards: GuardsConfig = GuardsConfig()
 
 
 class AlignConfig(Config):

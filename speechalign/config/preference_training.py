@@ -43,7 +43,7 @@ class EarlyStopConfig(Config):
     patience: int = Field(default=3, gt=0)
     """Looks without a better held-out loss, after which training stops."""
     max_chosen_drop: float = Field(default=0.05, gt=0)
-    """Nats per token that held-out chosen answers may lose against the reference."""
+    """Nats per token that held-out chosen answers may lose in one training."""
 
 
 class PreferenceTrainingConfig(Config):

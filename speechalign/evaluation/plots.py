@@ -8,11 +8,16 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 CURVES = (
-    ("accuracy", ("accuracy",)),
-    ("margin", ("margin",)),
-    ("log-probability a token", ("chosen_logprob", "rejected_logprob")),
-    ("loss", ("loss",)),
+    ("loss", {"loss": "loss"}),
+    ("accuracy", {"accuracy": "accuracy"}),
+    ("margin", {"margin": "margin"}),
+    ("log-probability a token", {"chosen_logprob": "chosen", "rejected_logprob": "rejected"}),
+    ("moved from the reference, nats a token", {"chosen_drop": "chosen lost", "kl_k1": "KL (k1)"}),
+    ("implicit reward", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
+    ("gradient norm, before clipping", {"grad_norm": "norm"}),
+    ("learning rate", {"learning_rate": "rate"}),
 )
+"""Title, and the keys of the metrics with what a curve is called."""
 COLOURS = ("#0b5cad", "#b3400b")
 HELDOUT = "heldout_"
 
@@ -26,8 +31,7 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     for name, keys in CURVES:
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axis = figure.subplots()
-        for colour, key in zip(COLOURS, keys, strict=False):
-            label = key.replace("_logprob", "")
+        for colour, (key, label) in zip(COLOURS, keys.items(), strict=False):
             trained, heldout = _points(metrics, key), _points(metrics, HELDOUT + key)
             if trained:
                 axis.plot(*zip(*trained, strict=True), color=colour, linewidth=0.9, alpha=0.55,
@@ -49,7 +53,7 @@ def metric_over_iterations(
     names: Sequence[str], values: Sequence[tuple[float, float, float]], label: str
 ) -> str:
     """Return one metric with its intervals, system by system; values are as they are shown."""
-    figure = Figure(figsize=(3.6, 2.6), layout="constrained")
+    figure = Figure(figsize=(max(3.6, 0.9 * len(names)), 2.6), layout="constrained")
     axis = figure.subplots()
     centres = [value for value, _, _ in values]
     errors = [

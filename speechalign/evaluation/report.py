@@ -11,8 +11,7 @@ import jinja2
 import soundfile as sf
 
 from speechalign.evaluation.plots import metric_over_iterations, time_split, training_curves
-from speechalign.evaluation.statistics import Estimate
-from speechalign.evaluation.summary import METRICS, Summary, table_rows
+from speechalign.evaluation.summary import METRICS, Differences, Summary, table_rows
 from speechalign.rows import waveform_from_pcm
 
 TEMPLATE = "report.html.j2"
@@ -51,7 +50,9 @@ class ReportInputs:
     """Systems that no policy is part of."""
     iterations: Sequence[Summary]
     """The policy before, and after each iteration."""
-    difference: Mapping[str, Estimate]
+    verdict: Sequence[str]
+    """Which iteration is the best, and what guards have to say, a sentence an entry."""
+    differences: Differences
     trainings: Sequence[tuple[str, Sequence[Mapping[str, float]]]]
     """Title and metrics of each preference training."""
     stage_seconds: Mapping[str, float]
@@ -65,7 +66,8 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
     page = environment.from_string(source).render(
         title=inputs.title,
         facts=inputs.facts,
-        table=table_rows([*inputs.ceilings, *inputs.iterations], inputs.difference),
+        table=table_rows([*inputs.ceilings, *inputs.iterations], inputs.differences),
+        verdict=inputs.verdict,
         metric_plots=_metric_plots(inputs.iterations),
         trainings=[(title, training_curves(rows)) for title, rows in inputs.trainings],
         time_plot=time_split(inputs.stage_seconds) if inputs.stage_seconds else "",

@@ -25,6 +25,9 @@ from speechalign.evaluation.statistics import (
 Ratios: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 """What is summed and what it is divided by, an entry a prompt."""
 
+Differences: TypeAlias = Mapping[str, Mapping[str, Estimate]]
+"""Of each iteration, by name, to the system before; paired, by the key of the metric."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
@@ -56,6 +59,7 @@ METRICS = (
     Metric(key="dnsmos", label="DNSMOS", total="dnsmos"),
     Metric(key="stop", label="stopped %", total="stopped", is_percent=True, digits=1),
     Metric(key="duration", label="duration ratio", total="duration_ratio"),
+    Metric(key="silence", label="silence %", total="silence_ratio", is_percent=True, digits=1),
 )  # fmt: skip
 
 
@@ -107,10 +111,21 @@ def summarise(name: str, judged: pa.Table, num_resamples: int) -> Summary:
     return Summary(name=name, num_prompts=num_prompts, estimates=estimates, missing=missing)
 
 
-def compare(before: pa.Table, after: pa.Table, num_resamples: int) -> dict[str, Estimate]:
+def compare(
+    before: pa.Table,
+    after: pa.Table,
+    num_resamples: int,
+    metrics: Sequence[Metric] = METRICS,
+) -> dict[str, Estimate]:
     """Return after minus before for every metric, over the prompts that both have measured."""
-    pairs = {metric.key: _paired(before, after, metric) for metric in METRICS}
+    pairs = {metric.key: _paired(before, after, metric) for metric in metrics}
     return {key: ratio_difference(*pair, num_resamples) for key, pair in pairs.items() if pair}
+
+
+def measured_keys(judged: pa.Table, metrics: Sequence[Metric]) -> frozenset[str]:
+    """Return the metrics that at least one prompt has a measurement of."""
+    measured = {metric.key: _measured(judged, metric) for metric in metrics}
+    return frozenset(key for key, found in measured.items() if found is not None and found[0])
 
 
 def relative_error_change(
@@ -125,26 +140,26 @@ def relative_error_change(
     return {key: change for key, change in changes.items() if change is not None}
 
 
-def text_table(summaries: Sequence[Summary], difference: Mapping[str, Estimate]) -> str:
+def text_table(summaries: Sequence[Summary], differences: Differences) -> str:
     """Return the result as aligned plain text, intervals in brackets."""
     return "\n".join(
         "  ".join(
             cell.ljust(width) for cell, width in zip(row, _widths(rows), strict=True)
         ).rstrip()
-        for rows in [table_rows(summaries, difference)]
+        for rows in [table_rows(summaries, differences)]
         for row in rows
     )
 
 
-def markdown_table(summaries: Sequence[Summary], difference: Mapping[str, Estimate]) -> str:
+def markdown_table(summaries: Sequence[Summary], differences: Differences) -> str:
     """Return the result for a README."""
-    rows = table_rows(summaries, difference)
+    rows = table_rows(summaries, differences)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def table_rows(summaries: Sequence[Summary], difference: Mapping[str, Estimate]) -> list[list[str]]:
-    """Return the cells of the table: a head, a row a system, the paired difference."""
+def table_rows(summaries: Sequence[Summary], differences: Differences) -> list[list[str]]:
+    """Return the cells of the table: a head, a row a system, a row a paired difference."""
     present = [m for m in METRICS if any(m.key in s.estimates for s in summaries)]
     rows = [["system", "prompts", *(metric.label for metric in present)]]
     for summary in summaries:
@@ -154,9 +169,10 @@ def table_rows(summaries: Sequence[Summary], difference: Mapping[str, Estimate])
             for metric in present
         ]
         rows.append([summary.name, str(summary.num_prompts), *cells])
-    if difference:
+    for name, difference in differences.items():
         cells = [_cell(difference.get(metric.key), metric, signed=True) for metric in present]
-        rows.append(["difference (paired)", "", *cells])
+        label = "difference (paired)" if len(differences) == 1 else f"{name}, difference (paired)"
+        rows.append([label, "", *cells])
     return rows
 
 

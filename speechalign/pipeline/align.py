@@ -1,7 +1,7 @@
 """The main job: one iteration after another, every stage committed before the next.
 
     prompts -> iteration-1: samples | scored -> pairs -> policy -> evaluation -> iteration-2 ...
-                                                                              -> report.html
+                                                                       -> best -> report.html
 
 Which stage comes next is decided here and nowhere else.
 """
@@ -25,6 +25,7 @@ from speechalign.pipeline.evaluate import (
     resynthesise,
     write_candidates,
 )
+from speechalign.pipeline.guards import judge_iterations, write_best
 from speechalign.pipeline.online import train_online
 from speechalign.pipeline.pair import write_pairs
 from speechalign.pipeline.preflight import check_resources, check_run
@@ -64,6 +65,12 @@ def run_align(config: AlignConfig, *, until: StageName = "report") -> Outcome:
             stopped = iteration.run(until)
             if stopped is not None:
                 return Outcome(text=f"{until}: {stopped}", folder=stopped)
+            if judge_iterations(config).stopped_after is not None:
+                logger.warning("a guard stops the run after iteration %d", number)
+                break
+        verdict = judge_iterations(config)
+        best = policy_after(config, verdict.best)
+        run.stage("best", lambda folder: write_best(verdict, best, folder))
         run.stage("ceiling", lambda folder: evaluate_ceiling(config, folder))
         run.stage("reference", lambda folder: resynthesise(config, folder))
         report = write_run_report(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from speechalign.artifacts import committed_folder, verify_folder
+from speechalign.artifacts import committed_folder, manifest_facts, verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.prompt_format import answer_token_ids
@@ -91,7 +91,14 @@ def _golden_answers(config: AlignConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _earlier_pairs(config: AlignConfig, iteration: int) -> list[PreferencePair]:
-    """Return what the iteration before trained on, which has all before it."""
-    if iteration == 1 or not config.pipeline.keep_earlier_pairs:
+    """Return the pairs of the iteration before, with those that it had from before it or without.
+
+    A folder of pairs has the earlier ones first.
+    """
+    if iteration == 1 or config.pipeline.earlier_pairs == "none":
         return []
-    return read_pairs(config.run_dir / f"iteration-{iteration - 1}" / "pairs")
+    before = config.run_dir / f"iteration-{iteration - 1}" / "pairs"
+    pairs = read_pairs(before)
+    if config.pipeline.earlier_pairs == "all":
+        return pairs
+    return pairs[manifest_facts(before)["num_earlier_pairs"] :]

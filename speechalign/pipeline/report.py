@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +17,10 @@ from speechalign.artifacts import is_committed, manifest_facts, write_json_atomi
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import config_hash
 from speechalign.errors import DataError
+from speechalign.evaluation.guards import Verdict, iteration_name, judge
 from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
-from speechalign.evaluation.statistics import Estimate
 from speechalign.evaluation.summary import (
+    Differences,
     Summary,
     compare,
     markdown_table,
@@ -47,28 +49,35 @@ def write_run_report(config: AlignConfig) -> Path:
     if is_committed(run / "ceiling"):
         ceiling = pq.read_table(run / "ceiling" / SCORED)
         ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples))
-    first, last = next(iter(tables.values())), list(tables.values())[-1]
-    difference = compare(first, last, resamples) if len(tables) > 1 else {}
-    relative = relative_error_change(first, last, resamples) if len(tables) > 1 else {}
+    names, evaluated = list(tables), list(tables.values())
+    later = dict(zip(names[1:], evaluated[1:], strict=True))
+    differences = {name: compare(evaluated[0], t, resamples) for name, t in later.items()}
+    relative = {
+        name: relative_error_change(evaluated[0], t, resamples) for name, t in later.items()
+    }
+    verdict = judge(evaluated, config.pipeline.guards, resamples)
     inputs = ReportInputs(
         title="SpeechAlign: before and after",
         facts=_facts(config) | _relative_facts(relative),
         ceilings=ceilings,
         iterations=iterations,
-        difference=difference,
+        differences=differences,
+        verdict=verdict.lines(),
         trainings=_trainings(config),
         stage_seconds=_stage_seconds(config),
-        listening=_listening(config, first, last),
+        listening=_listening(config, tables, verdict),
     )
     write_report(inputs, run / "report.html")
     systems = [*ceilings, *iterations]
-    (run / "result.txt").write_text(text_table(systems, difference) + "\n")
-    (run / "result.md").write_text(markdown_table(systems, difference) + "\n")
+    said = [text_table(systems, differences), *verdict.lines()]
+    (run / "result.txt").write_text("\n".join(said) + "\n")
+    (run / "result.md").write_text(markdown_table(systems, differences) + "\n")
     result = {
         "facts": inputs.facts,
         "systems": [summary.to_json() for summary in systems],
-        "difference": {key: asdict(estimate) for key, estimate in difference.items()},
-        "relative_change": {key: asdict(estimate) for key, estimate in relative.items()},
+        "differences": _plain(differences),
+        "relative_changes": _plain(relative),
+        "verdict": verdict.to_json(),
     }
     write_json_atomically(run / "result.json", result)
     return run / "report.html"
@@ -79,8 +88,7 @@ def _evaluations(config: AlignConfig) -> dict[str, pa.Table]:
     for number in range(config.pipeline.iterations + 1):
         folder = config.run_dir / f"iteration-{number}" / "evaluation"
         if is_committed(folder):
-            name = "before" if number == 0 else f"iteration {number}"
-            tables[name] = pq.read_table(folder / SCORED)
+            tables[iteration_name(number)] = pq.read_table(folder / SCORED)
     if not tables:
         raise DataError(f"{config.run_dir} has no evaluation yet; run `speechalign align` first")
     return tables
@@ -92,7 +100,8 @@ def _trainings(config: AlignConfig) -> list[tuple[str, list[dict[str, float]]]]:
         folder = config.run_dir / f"iteration-{number}" / "policy-work"
         rows = read_metrics(folder / "metrics.jsonl")
         if rows:
-            trainings.append((f"DPO, iteration {number}", rows))
+            method = config.training.method.upper().replace("_", " ")
+            trainings.append((f"{method}, iteration {number}", rows))
     return trainings
 
 
@@ -121,27 +130,49 @@ def _facts(config: AlignConfig) -> dict[str, str]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}",
     }
-    pairs = config.run_dir / "iteration-1" / "pairs"
-    if is_committed(pairs):
-        found = manifest_facts(pairs)
-        facts["pairs"] = ", ".join(
-            f"{count} {name.removeprefix('pairs_')}"
-            for name, count in found.items()
-            if name.startswith("pairs_")
-        )
-        facts["sampler against trainer"] = (
-            f"{found['max_logprob_difference']:.1e} nats at most"
-            if found["max_logprob_difference"] is not None
-            else "not compared"
-        )
+    return facts | _pair_facts(config)
+
+
+def _pair_facts(config: AlignConfig) -> dict[str, str]:
+    folders = {
+        iteration_name(number): config.run_dir / f"iteration-{number}" / "pairs"
+        for number in range(1, config.pipeline.iterations + 1)
+    }
+    found = {name: manifest_facts(path) for name, path in folders.items() if is_committed(path)}
+    if not found:
+        return {}
+    facts = {f"pairs, {name}": _pair_counts(one) for name, one in found.items()}
+    compared = [one["max_logprob_difference"] for one in found.values()]
+    measured = [difference for difference in compared if difference is not None]
+    facts["sampler against trainer"] = (
+        f"{max(measured):.1e} nats at most" if measured else "not compared"
+    )
     return facts
 
 
-def _relative_facts(relative: Mapping[str, Estimate]) -> dict[str, str]:
+def _pair_counts(facts: Mapping[str, Any]) -> str:
+    counts = [
+        f"{count} {name.removeprefix('pairs_')}"
+        for name, count in facts.items()
+        if name.startswith("pairs_")
+    ]
+    earlier = facts["num_earlier_pairs"]
+    return ", ".join([*counts, f"{earlier} of earlier iterations"] if earlier else counts)
+
+
+def _relative_facts(relative: Differences) -> dict[str, str]:
     return {
-        f"{key.upper()}, relative change": f"{100 * e.value:+.1f} % "
+        f"{key.upper()}, relative change, {name}": f"{100 * e.value:+.1f} % "
         f"[{100 * e.low:+.1f}, {100 * e.high:+.1f}]"
-        for key, e in relative.items()
+        for name, changes in relative.items()
+        for key, e in changes.items()
+    }
+
+
+def _plain(differences: Differences) -> dict[str, dict[str, Any]]:
+    return {
+        name: {key: asdict(estimate) for key, estimate in changes.items()}
+        for name, changes in differences.items()
     }
 
 
@@ -155,12 +186,17 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def _listening(config: AlignConfig, before: pa.Table, after: pa.Table) -> list[Listening]:
+def _listening(
+    config: AlignConfig, tables: Mapping[str, pa.Table], verdict: Verdict
+) -> list[Listening]:
+    """Return the players: the recording, before, the last iteration, and the best if another."""
     reference = config.run_dir / "reference"
     if not is_committed(reference):
         return []
     rows = pq.read_table(reference / SCORED).to_pylist()
-    sides = [("before", _by_prompt(before)), ("after", _by_prompt(after))]
+    names = list(tables)
+    heard = dict.fromkeys((names[0], iteration_name(verdict.best), names[-1]))
+    sides = [(name, _by_prompt(tables[name])) for name in heard]
     return [
         Listening(
             text=row["text"],

@@ -29,6 +29,8 @@ def train_reward_model(config: RewardModelConfig) -> str:
     return (
         f"reward model: {folder}\n"
         f"{facts['num_heldout_pairs']} held-out pairs, {facts['heldout_accuracy']:.1%} right\n"
+        f"weights of update {facts['best_step']} of {facts['num_steps']}, the lowest held-out "
+        "loss\n"
         f"report: {report}"
     )
 

@@ -13,7 +13,7 @@ class Look:
     loss: float
     accuracy: float
     chosen_drop: float
-    """Nats per token that the chosen answers lost against the reference."""
+    """Nats per token that the chosen answers lost since the training began."""
 
 
 class EarlyStop:
@@ -33,7 +33,7 @@ class EarlyStop:
         if look.chosen_drop > self._config.max_chosen_drop:
             return (
                 f"step {look.step}: held-out chosen answers lost {look.chosen_drop:.2f} nats a "
-                f"token against the reference, more than {self._config.max_chosen_drop}"
+                f"token since the start, more than {self._config.max_chosen_drop}"
             )
         if self.best is None or look.loss < self.best.loss:
             self.best, self._looks_since_best = look, 0

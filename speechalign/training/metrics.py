@@ -7,16 +7,29 @@ from types import TracebackType
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl`; only rank 0 writes."""
+    """Appends to `metrics.jsonl`; only rank 0 writes.
 
-    def __init__(self, folder: Path, *, is_writer: bool = True) -> None:
+    Args:
+        folder: gets the file and the folder of TensorBoard.
+        is_writer: whether this rank writes.
+        resumed_at: the step that a training goes on from; what a killed one wrote of later steps
+            is dropped, because they come again.
+    """
+
+    def __init__(
+        self, folder: Path, *, is_writer: bool = True, resumed_at: int | None = None
+    ) -> None:
         self._file = None
         if is_writer:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "metrics.jsonl").open("a")
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            path = folder / "metrics.jsonl"
+            if resumed_at is not None:
+                _drop_after(path, resumed_at)
+            self._file = path.open("a")
+            purge_step = None if resumed_at is None else resumed_at + 1
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         """Record the values of one step."""
@@ -42,6 +55,15 @@ class MetricsWriter:
             self._board.close()
 
 
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.replace(path)
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the recorded lines, oldest first; a half-written last line is left out."""
     rows: list[dict[str, float]] = []
@@ -51,11 +73,3 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except ValueError:
             break
     return rows
-
-
-def forget_metrics_after(folder: Path, step: int) -> None:
-    """Cut what a killed training wrote after its last checkpoint: it will be written again."""
-    path = folder / "metrics.jsonl"
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    if path.exists():
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))

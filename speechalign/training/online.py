@@ -37,7 +37,7 @@ from speechalign.policy.versions import PolicyVersions, Probe
 from speechalign.seeds import derive_seed
 from speechalign.training.critic import Critic
 from speechalign.training.engine import Engine, barrier, global_sum, world
-from speechalign.training.metrics import MetricsWriter, forget_metrics_after
+from speechalign.training.metrics import MetricsWriter
 from speechalign.training.online_base import Learner, NotFinite, OnlineTask, TrainedPolicy
 from speechalign.training.online_dpo import OnlineDpo
 from speechalign.training.online_looks import Looks, idle_share, look_at
@@ -158,13 +158,17 @@ class OnlineTrainer:
     def run(self, blocks: Iterable[pa.Table]) -> None:
         """Learn from one block after another until the last, or until a guard says stop."""
         config, started_s = self._config, time.time()
-        with MetricsWriter(self._paths.work, is_writer=world()[0] == 0) as metrics:
+        first = self._progress.step
+        writes = world()[0] == 0
+        with MetricsWriter(self._paths.work, is_writer=writes, resumed_at=first) as metrics:
             waiting_since_s = time.time()
             for table in blocks:
                 arrived_s = time.time()
                 block = self._read(table)
                 values = {"wait_s": arrived_s - waiting_since_s}
                 reason = self._look(block, metrics)
+                if block.step > first and block.step % config.checkpoint_every == 0:
+                    self._save()
                 if reason is None and block.step < config.num_steps:
                     reason = self._learn(block, values, metrics)
                 waiting_since_s = time.time()
@@ -172,7 +176,7 @@ class OnlineTrainer:
                 if reason is not None:
                     self._stop_reason = reason
                     break
-            if world()[0] == 0:
+            if writes:
                 self._versions.stop(self._stop_reason)
             self._idle_share = idle_share(self._busy, started_s, time.time())
             last = {"both_idle_share": self._idle_share, "stopped": self._stop_reason}
@@ -216,7 +220,6 @@ class OnlineTrainer:
         step = self._progress.step
         if world()[0] == 0:
             self._versions.restart(step)
-            forget_metrics_after(self._paths.work, step)
         barrier()
         self._publish(step)
 
@@ -243,12 +246,13 @@ class OnlineTrainer:
 
     def _look(self, block: RolloutBlock, metrics: MetricsWriter) -> str | None:
         """Measure the held-out answers, if the block has some; return why to stop."""
-        if not block.heldout:
+        looks = self._progress.looks
+        version = block.step if block.step == self._config.num_steps else self._version_of(block)
+        if not block.heldout or version <= looks.last_step:  # seen before the checkpoint
             return None
         look = look_at(block.heldout, self._policy)
-        version = block.step if block.step == self._config.num_steps else self._version_of(block)
         metrics.write(version, {f"heldout_{key}": value for key, value in look.items()})
-        return self._progress.looks.see(version, look, self._config.guards)
+        return looks.see(version, look, self._config.guards)
 
     def _version_of(self, block: RolloutBlock) -> int:
         return max(0, block.step - self._config.max_staleness)
@@ -277,8 +281,6 @@ class OnlineTrainer:
         metrics.write(self._progress.step, values)
         probe = max(self._progress.largest_probe_difference, block.probe_difference)
         self._progress.largest_probe_difference = probe
-        if self._progress.step % self._config.checkpoint_every == 0:
-            self._save()
         return self._progress.looks.guard_step(values, block.step, self._config.guards)
 
     def _described(self, block: RolloutBlock) -> dict[str, float]:

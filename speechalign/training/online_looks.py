@@ -54,12 +54,14 @@ class Looks:
     best_reward: float = float("-inf")
     num_since_best: int = 0
     first_entropy: float = 0.0
+    last_step: int = -1
 
     def see(self, step: int, look: Mapping[str, float], guards: OnlineGuardsConfig) -> str | None:
         """Remember a look; return why training must stop, or nothing.
 
         A look that a guard refuses is never the best one.
         """
+        self.last_step = step
         if not self.first_entropy:
             self.first_entropy = look["entropy"]
         reason = self._refused(step, look, guards)

@@ -256,8 +256,9 @@ class _PreferenceTrainer:
         metrics.write(
             self._engine.step_index, {f"heldout_{name}": value for name, value in means.items()}
         )
-        if self._config.method == "coh" and self._engine.step_index == 0:
-            # The reference was never told feedback: being told it costs something at the start.
+        if self._engine.step_index == 0:
+            # Not 0 where the reference is older than the policy, or was never told feedback (coh):
+            # the limit is on what this training loses, or a third iteration could never start.
             self._drop_at_start = means["chosen_drop"]
         return Look(
             step=self._engine.step_index,

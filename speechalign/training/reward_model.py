@@ -9,7 +9,7 @@ Shapes: B pairs.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,9 @@ HELDOUT_BATCH = 16
 
 class RewardTask:
     """What the reward model learns from, batch by batch."""
+
+    unit: Literal["tokens", "codes", "pairs"] = "pairs"
+    keeps_best = True
 
     def __init__(self, config: RewardModelConfig) -> None:
         loaded = load_ar(config.policy)

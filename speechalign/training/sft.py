@@ -7,7 +7,7 @@ training is done. The same command resumes from the newest checkpoint.
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol, assert_never
+from typing import Any, Literal, Protocol, assert_never
 
 import torch
 from pydantic import TypeAdapter
@@ -24,6 +24,7 @@ from speechalign.config.training import (
 from speechalign.errors import Diverged
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import rows_of_rank
+from speechalign.training.best_weights import BestWeights
 from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
 from speechalign.training.metrics import MetricsWriter
@@ -38,6 +39,10 @@ class Task(Protocol):
     """What a supervised job trains, and on what."""
 
     model: nn.Module
+    unit: Literal["tokens", "codes", "pairs"]
+    """What `loss` counts; metrics have a rate of them."""
+    keeps_best: bool
+    """Whether the result is of the lowest `heldout_loss`, and not of the last update."""
 
     def rows(self, step: int) -> list[int]:
         """Return the training rows of a micro-batch, over all ranks."""
@@ -114,14 +119,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     task = build_task(config)
     num_micro = config.num_steps * config.engine.num_accumulated
     engine = Engine(task.model, config.engine, config.num_steps)
-    checkpoint = work_folder(config) / "checkpoint"
+    work = work_folder(config)
+    checkpoint = work / "checkpoint"
     if is_committed(checkpoint):
         verify_folder(checkpoint)
         engine.load(checkpoint)
         logger.info("resumed after step %d", engine.step_index)
     first = engine.step_index * config.engine.num_accumulated
-    with MetricsWriter(work_folder(config), is_writer=world()[0] == 0) as metrics:
-        loop = _Loop(config, task, engine, metrics)
+    best = BestWeights(work / "best", is_resumed=engine.step_index > 0) if task.keeps_best else None
+    with MetricsWriter(work, is_writer=world()[0] == 0, resumed_at=engine.step_index) as metrics:
+        loop = _Loop(config, task, engine, metrics, best)
         for micro in range(first, num_micro):
             loop.step(micro)
             if (micro + 1) % config.engine.num_accumulated == 0:
@@ -129,6 +136,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     with engine.whole_weights() as model:
         if world()[0] == 0:
             facts = {"config_hash": config_hash(config), "num_steps": config.num_steps}
+            if best is not None:
+                facts["best_step"] = best.load_into(model)
             task.save(config.output, model, facts)
     barrier()
 
@@ -137,9 +146,15 @@ class _Loop:
     """One update after another, with what it says of itself."""
 
     def __init__(
-        self, config: TrainingConfig, task: Task, engine: Engine, metrics: MetricsWriter
+        self,
+        config: TrainingConfig,
+        task: Task,
+        engine: Engine,
+        metrics: MetricsWriter,
+        best: BestWeights | None,
     ) -> None:
         self._config, self._task, self._engine, self._metrics = config, task, engine, metrics
+        self._best = best
         self._total = torch.zeros(())
         self._count = torch.zeros(())
         self._bad_updates = 0
@@ -165,19 +180,25 @@ class _Loop:
         if step % config.log_every == 0:
             self._log(step)
         if step % config.heldout_every == 0 or step == config.num_steps:
-            self._engine.unwrapped.eval()
-            with torch.no_grad(), self._engine.autocast():
-                self._metrics.write(step, self._task.heldout(self._engine.module))
-            self._engine.unwrapped.train()
+            self._look(step)
         if step % config.checkpoint_every == 0 or step == config.num_steps:
             save_checkpoint(self._engine, checkpoint)
+
+    def _look(self, step: int) -> None:
+        self._engine.unwrapped.eval()
+        with torch.no_grad(), self._engine.autocast():
+            values = self._task.heldout(self._engine.module)
+        self._engine.unwrapped.train()
+        self._metrics.write(step, values)
+        if self._best is not None:
+            self._best.offer(self._engine, values["heldout_loss"])
 
     def _log(self, step: int) -> None:
         total, count = global_sum(self._total), global_sum(self._count)
         elapsed_s = time.monotonic() - self._since
         values = {
             "loss": float(total / count),
-            "tokens_per_s": float(count / elapsed_s),
+            f"{self._task.unit}_per_s": float(count / elapsed_s),
             "learning_rate": self._engine.learning_rate,
         }
         self._metrics.write(step, values)

@@ -4,7 +4,7 @@ Shapes: B rows, S token positions.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ CODEBOOK_SIZE = 1024
 
 class ArTask:
     """What the AR model learns from, batch by batch."""
+
+    unit: Literal["tokens", "codes", "pairs"] = "tokens"
+    keeps_best = False
 
     def __init__(self, config: SftArConfig) -> None:
         self._config = config

@@ -6,7 +6,7 @@ Shapes: B rows, K levels, T frames.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ CODEBOOK_SIZE = 1024
 
 class NarTask:
     """What the NAR model learns from, batch by batch."""
+
+    unit: Literal["tokens", "codes", "pairs"] = "codes"
+    keeps_best = False
 
     def __init__(self, config: SftNarConfig) -> None:
         self._config = config

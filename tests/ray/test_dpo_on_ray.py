@@ -117,6 +117,30 @@ def test_a_policy_that_only_gets_worse_leaves_the_start(stack: TinyStack, tmp_pa
         torch.testing.assert_close(tensor, kept.model.state_dict()[name], atol=0.0, rtol=0.0)
 
 
+def test_a_policy_far_from_an_older_reference_can_still_be_trained(
+    stack: TinyStack, tmp_path: Path
+):
+    pairs, config = some_pairs(20), a_config(1, 0)
+    turned = [
+        replace(p, chosen_token_ids=p.rejected_token_ids, rejected_token_ids=p.chosen_token_ids)
+        for p in pairs
+    ]
+    far = trained(stack, tmp_path / "far", config, turned)
+    paths = TrainingPaths(
+        policy=far.output,
+        reference=stack.ar,
+        pairs=write_pairs(tmp_path / "pairs", pairs),
+        output=tmp_path / "policy",
+    )
+    strict = config.early_stop.model_copy(update={"max_chosen_drop": 0.001})
+    with connected():
+        train_on_pairs(config.model_copy(update={"early_stop": strict}), paths)
+    looks = [r for r in read_metrics(paths.work / "metrics.jsonl") if "heldout_loss" in r]
+    assert looks[0]["heldout_chosen_drop"] > 0.001
+    facts = load_ar(paths.output).facts
+    assert (facts["policy_version"], facts["best_step"] > 0) == (2, True)
+
+
 def test_too_few_pairs_are_refused_before_a_worker_starts(stack: TinyStack, tmp_path: Path):
     paths = TrainingPaths(
         policy=stack.ar,

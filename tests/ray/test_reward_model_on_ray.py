@@ -1,11 +1,14 @@
 """A reward model learns what separates the sides of its pairs, and then rewards samples."""
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from speechalign.artifacts import committed_folder, manifest_facts
 from speechalign.config.align import AlignConfig
@@ -14,8 +17,11 @@ from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.reward_model import train_reward_model
+from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import pairs_to_table
-from speechalign.training.preference import PAIRS
+from speechalign.training.metrics import read_metrics
+from speechalign.training.preference import PAIRS, read_pairs, split_pairs
+from speechalign.training.sft import work_folder
 from speechalign.types import PairKind, PreferencePair
 from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 
@@ -99,6 +105,53 @@ def test_it_learns_judges_a_run_and_is_kept(stack: TinyStack, tmp_path: Path):
             for side in ("chosen_token_ids", "rejected_token_ids")
         )
         assert chosen - rejected == pytest.approx(pair["margin"], abs=1e-5)
+
+
+def metrics_of(config: RewardModelConfig) -> list[dict[str, float]]:
+    return read_metrics(work_folder(config) / "metrics.jsonl")
+
+
+def test_the_weights_of_the_lowest_heldout_loss_survive_a_kill(stack: TinyStack, tmp_path: Path):
+    fingerprint = manifest_facts(stack.ar)["codec_fingerprint"]
+    config = a_config(stack, tmp_path, write_pairs(tmp_path / "pairs", fingerprint))
+    # Held-out pairs that say the contrary of the training pairs: the first look is the best.
+    pairs = read_pairs(tmp_path / "pairs")
+    _, heldout = split_pairs(pairs, config.heldout_share, config.seed)
+    others = {pair.pair_id for pair in heldout}
+    turned = [
+        replace(p, chosen_token_ids=p.rejected_token_ids, rejected_token_ids=p.chosen_token_ids)
+        if p.pair_id in others
+        else p
+        for p in pairs
+    ]
+    with committed_folder(tmp_path / "pairs", {}) as partial:
+        pq.write_table(pairs_to_table(turned), partial / PAIRS)
+    workers = WorkersConfig(num_workers=1, max_failures=0)
+    changes = {"heldout_every": 5, "checkpoint_every": 10, "workers": workers}
+    whole = config.model_copy(update=changes | {"output": tmp_path / "whole"})
+    train_reward_model(whole)
+
+    killed = config.model_copy(update=changes | {"output": tmp_path / "killed"})
+    train_reward_model(killed.model_copy(update={"num_steps": 10}))
+    shutil.rmtree(killed.output)
+    with (work_folder(killed) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "loss": 9.0}\n')  # it came as far, without a checkpoint
+    said = train_reward_model(killed)
+
+    assert "weights of update 5 of 20" in said
+    assert manifest_facts(killed.output)["best_step"] == 5
+    assert [row["step"] for row in metrics_of(killed)] == [5, 5, 10, 10, 15, 15, 20, 20]
+    losses = [
+        [row["heldout_loss"] for row in metrics_of(config) if "heldout_loss" in row]
+        for config in (killed, whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] == min(losses[0])
+    assert manifest_facts(killed.output)["heldout_loss"] == pytest.approx(losses[0][0], abs=1e-5)
+    assert "pairs_per_s" in metrics_of(killed)[0]
+    first, second = (load_reward_model(config.output).model for config in (killed, whole))
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(tensor, second.state_dict()[name], atol=1e-5, rtol=1e-4)
 
 
 def test_pairs_of_another_codec_are_refused_before_any_worker_starts(

@@ -122,10 +122,17 @@ def test_the_table_says_what_was_not_measured():
     empty = Summary(name="b", num_prompts=2, estimates={}, missing={})
     lost = summarise("c", judged([1.0, None]), 20)
     assert table_rows([lost], {})[1][2] == "25.0 [25.0, 25.0] (1 missing)"
-    rows = table_rows([full, empty], {"wer": Estimate(value=-0.1, low=-0.2, high=0.0)})
+    change = {"wer": Estimate(value=-0.1, low=-0.2, high=0.0)}
+    rows = table_rows([full, empty], {"iteration 1": change})
     assert rows[1] == ["a", "2", "25.0 [25.0, 25.0]", "100.0 [100.0, 100.0]"]
     assert rows[2][2] == "not measured"
     assert rows[3] == ["difference (paired)", "", "-10.0 [-20.0, +0.0]", "not measured"]
+    two = table_rows([full, empty], {"iteration 1": change, "iteration 2": {}})[3:]
+    assert [row[0] for row in two] == [
+        "iteration 1, difference (paired)",
+        "iteration 2, difference (paired)",
+    ]
+    assert two[1][2:] == ["not measured", "not measured"]
     assert markdown_table([full], {}).splitlines()[1] == "|---|---|---|---|"
     assert text_table([full], {}).splitlines()[0].startswith("system  prompts  WER %")
 
@@ -144,7 +151,8 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
         facts={"config": "abc"},
         ceilings=[],
         iterations=[summary, summary],
-        difference={},
+        differences={},
+        verdict=["best: iteration 1, <why>"],
         trainings=[("DPO", [{"step": 1, "loss": 0.7, "margin": 0.0, "accuracy": 0.5}])],
         stage_seconds={"sample": 3.0},
         listening=[Listening(text="the dog & cat", speaker_id="s", players=(player,))],
@@ -152,6 +160,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(tmp_path: Path):
     write_report(inputs, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "A &lt;run&gt;" in page
+    assert "<p>Best: iteration 1, &lt;why&gt;.</p>" in page
     assert "the dog &amp; cat" in page
     assert "<q>the fog &amp; cat</q>" in page
     assert page.count("<svg") == page.count('<svg role="img" aria-label="') == 6
@@ -167,11 +176,29 @@ def test_a_curve_is_drawn_for_the_keys_that_a_training_wrote():
     assert "loss, held out" in plot
 
 
+def test_a_preference_training_shows_what_tells_a_collapse():
+    row = {
+        "step": 1, "loss": 0.7, "accuracy": 0.5, "margin": 0.0, "chosen_logprob": -1.0,
+        "rejected_logprob": -2.0, "chosen_drop": 0.1, "kl_k1": 0.2, "chosen_reward": 0.0,
+        "rejected_reward": 0.0, "grad_norm": 3.0, "learning_rate": 1e-4,
+    }  # fmt: skip
+    page = "".join(training_curves([row]))
+    for name in ("chosen, trained on", "rejected, trained on", "chosen lost", "KL (k1)",
+                 "implicit reward", "gradient norm", "learning rate"):  # fmt: skip
+        assert name in page
+
+
+def test_silence_is_a_column_of_the_result():
+    table = judged([1.0, 1.0]).append_column("silence_ratio", pa.array([0.1, 0.3]))
+    assert table_rows([summarise("a", table, 20)], {})[0][-1] == "silence %"
+    assert summarise("a", table, 20).estimates["silence"].value == pytest.approx(0.2)
+
+
 def test_a_plot_shows_percent_where_its_title_says_percent(tmp_path: Path):
     summary = summarise("before", judged([1.0, 1.0]), 20)
     inputs = ReportInputs(
-        title="t", facts={}, ceilings=[], iterations=[summary], difference={}, trainings=[],
-        stage_seconds={}, listening=[],
+        title="t", facts={}, ceilings=[], iterations=[summary], differences={}, verdict=[],
+        trainings=[], stage_seconds={}, listening=[],
     )  # fmt: skip
     write_report(inputs, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
