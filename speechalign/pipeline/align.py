@@ -23,6 +23,7 @@ from speechalign.pipeline.evaluate import (
     resynthesise,
     write_candidates,
 )
+from speechalign.pipeline.gap import write_gap
 from speechalign.pipeline.pair import write_pairs
 from speechalign.pipeline.preflight import check_resources, check_run
 from speechalign.pipeline.report import write_run_report
@@ -62,6 +63,7 @@ def run_align(config: AlignConfig, *, until: StageName = "report") -> Outcome:
                 return Outcome(text=f"{until}: {stopped}", folder=stopped)
         run.stage("ceiling", lambda folder: evaluate_ceiling(config, folder))
         run.stage("reference", lambda folder: resynthesise(config, folder))
+        run.stage("gap", lambda folder: write_gap(config, folder))
         report = write_run_report(config)
     text = (config.run_dir / "result.txt").read_text()
     return Outcome(text=f"{text}\nreport: {report}", folder=config.run_dir)

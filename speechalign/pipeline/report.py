@@ -15,17 +15,21 @@ import pyarrow.parquet as pq
 from speechalign.artifacts import is_committed, manifest_facts, write_json_atomically
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import config_hash
-from speechalign.errors import DataError
+from speechalign.evaluation.distribution_gap import TokenClouds, separation_lines
+from speechalign.evaluation.heard_gap import HeardGap, heard_gap, heard_rows
 from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
 from speechalign.evaluation.statistics import Estimate
 from speechalign.evaluation.summary import (
     Summary,
+    aligned_text,
     compare,
     markdown_table,
     relative_error_change,
     summarise,
     text_table,
 )
+from speechalign.pipeline.evaluate import read_evaluations
+from speechalign.pipeline.gap import read_clouds
 from speechalign.rows import Row
 from speechalign.sampling.pipeline import SCORED
 from speechalign.training.metrics import read_metrics
@@ -40,13 +44,16 @@ def write_run_report(config: AlignConfig) -> Path:
         DataError: the run has not been evaluated yet.
     """
     run = config.run_dir
-    tables = _evaluations(config)
+    tables = read_evaluations(config)
     resamples = config.evaluation.num_resamples
     iterations = [summarise(name, table, resamples) for name, table in tables.items()]
     ceilings: list[Summary] = []
+    heard = None
     if is_committed(run / "ceiling"):
         ceiling = pq.read_table(run / "ceiling" / SCORED)
         ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples))
+        heard = heard_gap(ceiling, tables, resamples)
+    clouds = read_clouds(run / "gap")
     first, last = next(iter(tables.values())), list(tables.values())[-1]
     difference = compare(first, last, resamples) if len(tables) > 1 else {}
     relative = relative_error_change(first, last, resamples) if len(tables) > 1 else {}
@@ -59,31 +66,34 @@ def write_run_report(config: AlignConfig) -> Path:
         trainings=_trainings(config),
         stage_seconds=_stage_seconds(config),
         listening=_listening(config, first, last),
+        heard_gap=heard,
+        clouds=clouds,
     )
     write_report(inputs, run / "report.html")
     systems = [*ceilings, *iterations]
-    (run / "result.txt").write_text(text_table(systems, difference) + "\n")
+    said = [text_table(systems, difference), *_gap_text(heard, clouds)]
+    (run / "result.txt").write_text("\n\n".join(said) + "\n")
     (run / "result.md").write_text(markdown_table(systems, difference) + "\n")
     result = {
         "facts": inputs.facts,
         "systems": [summary.to_json() for summary in systems],
         "difference": {key: asdict(estimate) for key, estimate in difference.items()},
         "relative_change": {key: asdict(estimate) for key, estimate in relative.items()},
+        "gap": {
+            "heard": heard.to_json() if heard else None,
+            "separations": {name: s.to_json() for name, s in clouds.separations.items()}
+            if clouds
+            else None,
+        },
     }
     write_json_atomically(run / "result.json", result)
     return run / "report.html"
 
 
-def _evaluations(config: AlignConfig) -> dict[str, pa.Table]:
-    tables: dict[str, pa.Table] = {}
-    for number in range(config.pipeline.iterations + 1):
-        folder = config.run_dir / f"iteration-{number}" / "evaluation"
-        if is_committed(folder):
-            name = "before" if number == 0 else f"iteration {number}"
-            tables[name] = pq.read_table(folder / SCORED)
-    if not tables:
-        raise DataError(f"{config.run_dir} has no evaluation yet; run `speechalign align` first")
-    return tables
+def _gap_text(heard: HeardGap | None, clouds: TokenClouds | None) -> list[str]:
+    """Return paragraphs of plain text."""
+    text = [aligned_text(heard_rows(heard))] if heard else []
+    return [*text, "\n".join(separation_lines(clouds))] if clouds else text
 
 
 def _trainings(config: AlignConfig) -> list[tuple[str, list[dict[str, float]]]]:
