@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from speechalign.evaluation.statistics import Estimate
 from speechalign.evaluation.summary import METRICS, Metric, Summary, compare, gap_closed, summarise
@@ -46,9 +45,10 @@ def heard_gap(
         evaluations: judged answers by policy, the one before all first.
         num_resamples: of the bootstrap over prompts.
     """
-    ids = [set(table["prompt_id"].to_pylist()) for table in (golden, *evaluations.values())]
-    shared = pa.array(sorted(set.intersection(*ids)), pa.string())
-    if not len(shared):
+    tables = (golden, *evaluations.values())
+    ids: list[set[Any]] = [set(table["prompt_id"].to_pylist()) for table in tables]
+    shared = set[Any].intersection(*ids)
+    if not shared:
         return None
     golden = _only(golden, shared)
     policies = {name: _only(table, shared) for name, table in evaluations.items()}
@@ -96,5 +96,6 @@ def _percent(share: Estimate | None) -> str:
     return share.shown(scale=100.0, digits=0) if share else NO_GAP
 
 
-def _only(judged: pa.Table, prompt_ids: pa.Array) -> pa.Table:
-    return judged.filter(pc.is_in(judged["prompt_id"], prompt_ids))
+def _only(judged: pa.Table, prompt_ids: set[str]) -> pa.Table:
+    is_wanted = [id_ in prompt_ids for id_ in judged["prompt_id"].to_pylist()]
+    return judged.filter(pa.array(is_wanted))

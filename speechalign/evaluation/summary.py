@@ -137,11 +137,13 @@ def gap_closed(
 
     A metric in which before and goal do not differ for sure is left out.
     """
-    aligned = {metric.key: _aligned((before, after, goal), metric) for metric in METRICS}
-    shares = {
-        key: share_closed(*ratios, num_resamples) for key, ratios in aligned.items() if ratios
-    }
-    return {key: share for key, share in shares.items() if share is not None}
+    shares: dict[str, Estimate] = {}
+    for metric in METRICS:
+        aligned = _aligned((before, after, goal), metric)
+        share = share_closed(aligned[0], aligned[1], aligned[2], num_resamples) if aligned else None
+        if share is not None:
+            shares[metric.key] = share
+    return shares
 
 
 def text_table(summaries: Sequence[Summary], difference: Mapping[str, Estimate]) -> str:

@@ -82,8 +82,7 @@ def _represented(
         name: _answers(table) for name, table in ({GOLDEN: golden} | dict(evaluations)).items()
     }
     first = next(iter(evaluations.values()))
-    columns = (first["prompt_id"].to_pylist(), first["prompt_token_ids"].to_pylist())
-    prompts = dict(zip(*columns, strict=True))
+    prompts = _by_prompt(first, "prompt_token_ids")
     prompt_ids = sorted(set.intersection(*(set(side) for side in answers.values())))
     clouds = {
         name: answer_representations(
@@ -96,8 +95,13 @@ def _represented(
 
 def _answers(table: pa.Table) -> dict[str, list[int]]:
     """Return the answer to each prompt; one that says nothing is left out."""
-    columns = (table["prompt_id"].to_pylist(), table["token_ids"].to_pylist())
-    return {id_: answer for id_, answer in zip(*columns, strict=True) if spoken_codes(answer)}
+    answers = _by_prompt(table, "token_ids")
+    return {id_: answer for id_, answer in answers.items() if spoken_codes(answer)}
+
+
+def _by_prompt(table: pa.Table, column: str) -> dict[str, list[int]]:
+    rows: list[Row] = table.select(["prompt_id", column]).to_pylist()
+    return {row["prompt_id"]: row[column] for row in rows}
 
 
 _POINT = pa.schema(
