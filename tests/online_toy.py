@@ -51,8 +51,7 @@ def a_config(method: str, **changes: Any) -> OnlineTrainingConfig:
 def a_process_group(rank: int = 0, num_ranks: int = 1, store: str = "") -> Iterator[None]:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     path = store or str(Path(tempfile.mkdtemp()) / "store")
-    file_store = dist.FileStore(path, num_ranks)
-    dist.init_process_group("gloo", store=file_store, rank=rank, world_size=num_ranks)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks)
     try:
         yield
     finally:

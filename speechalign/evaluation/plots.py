@@ -101,6 +101,24 @@ def calibration(points: Sequence[tuple[float, float, int]]) -> str:
     return _svg(figure, "share of held-out pairs that are right, by confidence")
 
 
+def token_cloud(
+    golden: Sequence[tuple[float, float]], synthetic: Sequence[tuple[float, float]], name: str
+) -> str:
+    """Return golden and one policy's synthetic answers in the plane, those of a prompt joined."""
+    figure = Figure(figsize=(4.6, 4.4), layout="constrained")
+    axis = figure.subplots()
+    for (x, y), (other_x, other_y) in zip(golden, synthetic, strict=True):
+        axis.plot([x, other_x], [y, other_y], color="#888888", linewidth=0.5, alpha=0.6, zorder=1)
+    clouds = (("golden", "o", golden), (f"synthetic, {name}", "x", synthetic))
+    for colour, (label, marker, points) in zip(COLOURS, clouds, strict=True):
+        axis.scatter(*zip(*points, strict=True), s=13, marker=marker, color=colour, label=label,
+                     linewidths=0.9, zorder=2)  # fmt: skip
+    axis.set_xticks([])
+    axis.set_yticks([])
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return _svg(figure, f"t-SNE of golden and synthetic answers, {name}")
+
+
 def time_split(seconds: Mapping[str, float]) -> str:
     """Return where the time of a pipeline's actors went."""
     figure = Figure(figsize=(6, 0.8 + 0.35 * len(seconds)), layout="constrained")

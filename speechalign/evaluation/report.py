@@ -10,7 +10,14 @@ from pathlib import Path
 import jinja2
 import soundfile as sf
 
-from speechalign.evaluation.plots import metric_over_iterations, time_split, training_curves
+from speechalign.evaluation.distribution_gap import TokenClouds, separation_lines
+from speechalign.evaluation.heard_gap import HeardGap, heard_rows
+from speechalign.evaluation.plots import (
+    metric_over_iterations,
+    time_split,
+    token_cloud,
+    training_curves,
+)
 from speechalign.evaluation.summary import METRICS, Differences, Summary, table_rows
 from speechalign.rows import waveform_from_pcm
 
@@ -57,6 +64,10 @@ class ReportInputs:
     """Title and metrics of each preference training."""
     stage_seconds: Mapping[str, float]
     listening: Sequence[Listening]
+    heard_gap: HeardGap | None = None
+    """None without judged recordings."""
+    clouds: TokenClouds | None = None
+    """None with too few prompts."""
 
 
 def write_report(inputs: ReportInputs, path: Path) -> None:
@@ -72,6 +83,9 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
         trainings=[(title, training_curves(rows)) for title, rows in inputs.trainings],
         time_plot=time_split(inputs.stage_seconds) if inputs.stage_seconds else "",
         listening=[_for_page(item) for item in inputs.listening],
+        heard_gap=heard_rows(inputs.heard_gap) if inputs.heard_gap else [],
+        clouds=_cloud_plots(inputs.clouds) if inputs.clouds else [],
+        separations=separation_lines(inputs.clouds) if inputs.clouds else [],
     )
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(page)
@@ -90,6 +104,18 @@ def _metric_plots(iterations: Sequence[Summary]) -> list[str]:
         if len(values) == len(iterations):
             plots.append(metric_over_iterations([s.name for s in iterations], values, metric.label))
     return plots
+
+
+def _cloud_plots(clouds: TokenClouds) -> list[tuple[str, str]]:
+    """Return title and picture of golden beside each synthetic cloud that was projected."""
+    golden, *synthetic = clouds.points.items()
+    return [
+        (
+            f"{name}: AUC {clouds.separations[name].auc.shown(digits=2)}",
+            token_cloud(golden[1], points, name),
+        )
+        for name, points in synthetic
+    ]
 
 
 def _for_page(item: Listening) -> dict[str, object]:

@@ -20,6 +20,7 @@ from speechalign.evaluation.statistics import (
     ratio_difference,
     ratio_estimate,
     relative_change,
+    share_closed,
 )
 
 Ratios: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -47,6 +48,10 @@ class Metric:
     def scale(self) -> float:
         """What a value is multiplied by to be shown."""
         return 100.0 if self.is_percent else 1.0
+
+    def shown(self, estimate: Estimate, *, signed: bool = False) -> str:
+        """Return an estimate as a table has it."""
+        return estimate.shown(scale=self.scale, digits=self.digits, signed=signed)
 
 
 METRICS = (
@@ -140,15 +145,35 @@ def relative_error_change(
     return {key: change for key, change in changes.items() if change is not None}
 
 
+def gap_closed(
+    before: pa.Table, after: pa.Table, goal: pa.Table, num_resamples: int
+) -> dict[str, Estimate]:
+    """Return (before - after) / (before - goal) of every metric, over the prompts all have.
+
+    A metric in which before and goal do not differ for sure is left out.
+    """
+    shares: dict[str, Estimate] = {}
+    for metric in METRICS:
+        aligned = _aligned((before, after, goal), metric)
+        share = share_closed(aligned[0], aligned[1], aligned[2], num_resamples) if aligned else None
+        if share is not None:
+            shares[metric.key] = share
+    return shares
+
+
 def text_table(summaries: Sequence[Summary], differences: Differences) -> str:
     """Return the result as aligned plain text, intervals in brackets."""
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(row, _widths(rows), strict=True)
-        ).rstrip()
-        for rows in [table_rows(summaries, differences)]
+    return aligned_text(table_rows(summaries, differences))
+
+
+def aligned_text(rows: Sequence[Sequence[str]]) -> str:
+    """Return the cells of a table as plain text, a line a row."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
-    )
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def markdown_table(summaries: Sequence[Summary], differences: Differences) -> str:
@@ -176,19 +201,8 @@ def table_rows(summaries: Sequence[Summary], differences: Differences) -> list[l
     return rows
 
 
-def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-
 def _cell(estimate: Estimate | None, metric: Metric, *, signed: bool = False) -> str:
-    if estimate is None:
-        return "not measured"
-    sign = "+" if signed else ""
-    value, low, high = (
-        f"{metric.scale * number:{sign}.{metric.digits}f}"
-        for number in (estimate.value, estimate.low, estimate.high)
-    )
-    return f"{value} [{low}, {high}]"
+    return "not measured" if estimate is None else metric.shown(estimate, signed=signed)
 
 
 def _missing(count: int) -> str:
@@ -196,13 +210,16 @@ def _missing(count: int) -> str:
 
 
 def _paired(before: pa.Table, after: pa.Table, metric: Metric) -> tuple[Ratios, Ratios] | None:
-    """Return the sums and counts of the prompts that both have measured, in one order."""
-    measured = _measured(before, metric), _measured(after, metric)
-    left, right = ({} if one is None else one[0] for one in measured)
-    both = sorted(left.keys() & right.keys())
-    if not both:
-        return None
-    return _arrays([left[id_] for id_ in both]), _arrays([right[id_] for id_ in both])
+    aligned = _aligned((before, after), metric)
+    return (aligned[0], aligned[1]) if aligned else None
+
+
+def _aligned(tables: Sequence[pa.Table], metric: Metric) -> list[Ratios]:
+    """Return the sums and counts of the prompts that all have measured, in one order; or []."""
+    measured = [_measured(table, metric) for table in tables]
+    sides = [{} if one is None else one[0] for one in measured]
+    shared = sorted(set.intersection(*(set(side) for side in sides)))
+    return [_arrays([side[id_] for id_ in shared]) for side in sides] if shared else []
 
 
 def _measured(

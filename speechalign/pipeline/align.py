@@ -25,6 +25,7 @@ from speechalign.pipeline.evaluate import (
     resynthesise,
     write_candidates,
 )
+from speechalign.pipeline.gap import write_gap
 from speechalign.pipeline.guards import judge_iterations, write_best
 from speechalign.pipeline.online import train_online
 from speechalign.pipeline.pair import write_pairs
@@ -73,6 +74,7 @@ def run_align(config: AlignConfig, *, until: StageName = "report") -> Outcome:
         run.stage("best", lambda folder: write_best(verdict, best, folder))
         run.stage("ceiling", lambda folder: evaluate_ceiling(config, folder))
         run.stage("reference", lambda folder: resynthesise(config, folder))
+        run.stage("gap", lambda folder: write_gap(config, folder))
         report = write_run_report(config)
     text = (config.run_dir / "result.txt").read_text()
     return Outcome(text=f"{text}\nreport: {report}", folder=config.run_dir)

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from speechalign.artifacts import verify_folder
+from speechalign.artifacts import is_committed, verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.config.sampling import RenderingConfig
+from speechalign.errors import DataError
 from speechalign.pipeline.sample import HELDOUT, listening_stages, read_prompts, speaking_stages
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
@@ -58,6 +60,23 @@ def evaluate_ceiling(config: AlignConfig, folder: Path) -> None:
     judges = config.evaluation.judges
     stages = listening_stages(config, config.policy, judges)
     sample_and_judge(samples, stages, folder, keep_audio=True)
+
+
+def read_evaluations(config: AlignConfig) -> dict[str, pa.Table]:
+    """Return the judged answers of every policy that was evaluated, the one before all first.
+
+    Raises:
+        DataError: the run has not been evaluated yet.
+    """
+    tables: dict[str, pa.Table] = {}
+    for number in range(config.pipeline.iterations + 1):
+        folder = config.run_dir / f"iteration-{number}" / "evaluation"
+        if is_committed(folder):
+            name = "before" if number == 0 else f"iteration {number}"
+            tables[name] = pq.read_table(folder / SCORED)
+    if not tables:
+        raise DataError(f"{config.run_dir} has no evaluation yet; run `speechalign align` first")
+    return tables
 
 
 def resynthesise(config: AlignConfig, folder: Path) -> None:

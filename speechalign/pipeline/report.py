@@ -16,18 +16,22 @@ import pyarrow.parquet as pq
 from speechalign.artifacts import is_committed, manifest_facts, write_json_atomically
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import config_hash
-from speechalign.errors import DataError
+from speechalign.evaluation.distribution_gap import TokenClouds, separation_lines
 from speechalign.evaluation.guards import Verdict, iteration_name, judge
+from speechalign.evaluation.heard_gap import HeardGap, heard_gap, heard_rows
 from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
 from speechalign.evaluation.summary import (
     Differences,
     Summary,
+    aligned_text,
     compare,
     markdown_table,
     relative_error_change,
     summarise,
     text_table,
 )
+from speechalign.pipeline.evaluate import read_evaluations
+from speechalign.pipeline.gap import read_clouds
 from speechalign.rows import Row
 from speechalign.sampling.pipeline import SCORED
 from speechalign.training.metrics import read_metrics
@@ -42,13 +46,16 @@ def write_run_report(config: AlignConfig) -> Path:
         DataError: the run has not been evaluated yet.
     """
     run = config.run_dir
-    tables = _evaluations(config)
+    tables = read_evaluations(config)
     resamples = config.evaluation.num_resamples
     iterations = [summarise(name, table, resamples) for name, table in tables.items()]
     ceilings: list[Summary] = []
+    heard = None
     if is_committed(run / "ceiling"):
         ceiling = pq.read_table(run / "ceiling" / SCORED)
         ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples))
+        heard = heard_gap(ceiling, tables, resamples)
+    clouds = read_clouds(run / "gap")
     names, evaluated = list(tables), list(tables.values())
     later = dict(zip(names[1:], evaluated[1:], strict=True))
     differences = {name: compare(evaluated[0], t, resamples) for name, t in later.items()}
@@ -66,11 +73,13 @@ def write_run_report(config: AlignConfig) -> Path:
         trainings=_trainings(config),
         stage_seconds=_stage_seconds(config),
         listening=_listening(config, tables, verdict),
+        heard_gap=heard,
+        clouds=clouds,
     )
     write_report(inputs, run / "report.html")
     systems = [*ceilings, *iterations]
-    said = [text_table(systems, differences), *verdict.lines()]
-    (run / "result.txt").write_text("\n".join(said) + "\n")
+    table = "\n".join([text_table(systems, differences), *verdict.lines()])
+    (run / "result.txt").write_text("\n\n".join([table, *_gap_text(heard, clouds)]) + "\n")
     (run / "result.md").write_text(markdown_table(systems, differences) + "\n")
     result = {
         "facts": inputs.facts,
@@ -78,20 +87,21 @@ def write_run_report(config: AlignConfig) -> Path:
         "differences": _plain(differences),
         "relative_changes": _plain(relative),
         "verdict": verdict.to_json(),
+        "gap": {
+            "heard": heard.to_json() if heard else None,
+            "separations": {name: s.to_json() for name, s in clouds.separations.items()}
+            if clouds
+            else None,
+        },
     }
     write_json_atomically(run / "result.json", result)
     return run / "report.html"
 
 
-def _evaluations(config: AlignConfig) -> dict[str, pa.Table]:
-    tables: dict[str, pa.Table] = {}
-    for number in range(config.pipeline.iterations + 1):
-        folder = config.run_dir / f"iteration-{number}" / "evaluation"
-        if is_committed(folder):
-            tables[iteration_name(number)] = pq.read_table(folder / SCORED)
-    if not tables:
-        raise DataError(f"{config.run_dir} has no evaluation yet; run `speechalign align` first")
-    return tables
+def _gap_text(heard: HeardGap | None, clouds: TokenClouds | None) -> list[str]:
+    """Return paragraphs of plain text."""
+    text = [aligned_text(heard_rows(heard))] if heard else []
+    return [*text, "\n".join(separation_lines(clouds))] if clouds else text
 
 
 def _trainings(config: AlignConfig) -> list[tuple[str, list[dict[str, float]]]]:

@@ -38,7 +38,10 @@ def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, t
     assert set(scored["policy_version"].to_pylist()) == {0}
     after = pq.read_table(run / "iteration-1" / "evaluation" / "scored.parquet")
     assert set(after["policy_version"].to_pylist()) == {1}
-    assert "data:audio/flac" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "data:audio/flac" in page
+    assert "t-SNE of golden and synthetic answers, iteration 1" in page
+    assert "AUC golden against synthetic tokens, iteration 1" in outcome.text
     first_look = json.loads(
         (run / "iteration-1" / "policy-work" / "metrics.jsonl").read_text().splitlines()[0]
     )

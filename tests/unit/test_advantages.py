@@ -62,8 +62,9 @@ def test_padding_does_not_change_advantages():
     mask = torch.tensor([[False, True, True]])
     rewards, values = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.5, 0.25]])
     plain, _ = gae(rewards, values, mask, 0.9, 0.5)
-    wide = [torch.nn.functional.pad(tensor, (0, 4), value=3) for tensor in (rewards, values)]
-    padded, _ = gae(*wide, torch.nn.functional.pad(mask, (0, 4)), 0.9, 0.5)
+    pad = torch.nn.functional.pad
+    wide_rewards, wide_values = pad(rewards, (0, 4), value=3), pad(values, (0, 4), value=3)
+    padded, _ = gae(wide_rewards, wide_values, pad(mask, (0, 4)), 0.9, 0.5)
     torch.testing.assert_close(padded[:, :3], plain)
     assert not padded[:, 3:].any()
 
