@@ -155,6 +155,16 @@ def report(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fal
     out.print(f"report: {write_run_report(config)}", soft_wrap=True)
 
 
+@app.command()
+def compare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+    """Run several variants of a recipe and write one table of all; finished ones are kept."""
+    from speechalign.config.compare import CompareConfig
+    from speechalign.pipeline.compare import run_compare
+
+    config = _resolved(CompareConfig, recipe, overrides, dry_run=dry_run)
+    out.print(run_compare(config), soft_wrap=True)
+
+
 def _run_until(
     stage: "StageName", recipe: Path, overrides: list[str] | None, *, dry_run: bool
 ) -> None:

@@ -17,6 +17,8 @@ from speechalign.config.sampling import PromptsConfig, Temperature
 class EvaluationConfig(Config):
     """Held-out prompts, and judges of which at least one made no reward."""
 
+    seed: int = 0
+    """Of the choice of prompts and of what is sampled: not the run's, so that runs compare."""
     prompts: PromptsConfig = PromptsConfig(split="heldout", num_prompts=200)
     temperature: Temperature = 1.0
     """1 is the policy itself; below 1 every policy is heard sharper than it is."""

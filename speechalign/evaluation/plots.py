@@ -68,6 +68,27 @@ def metric_over_iterations(
     return _svg(figure, f"{label}, system by system")
 
 
+def systems_compared(
+    names: Sequence[str], values: Sequence[tuple[float, float, float]], label: str
+) -> str:
+    """Return one metric with its intervals, a line a system, the first at the top."""
+    figure = Figure(figsize=(6.4, 0.6 + 0.3 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    centres = [value for value, _, _ in values]
+    errors = [
+        [value - low for value, low, _ in values],
+        [high - value for value, _, high in values],
+    ]
+    places = range(len(names))
+    axis.errorbar(centres, places, xerr=errors, fmt="o", capsize=3, color=COLOURS[0])
+    axis.axvline(centres[0], color=COLOURS[1], linestyle=":")
+    axis.set_yticks(places, names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(label, fontsize=10)
+    axis.grid(alpha=0.25, axis="x")
+    return _svg(figure, f"{label}, system by system")
+
+
 def margin_histogram(margins_by_kind: Mapping[str, Sequence[float]]) -> str:
     """Return how much more the chosen answers are worth, kind by kind; right of 0 is right."""
     figure = Figure(figsize=(4.6, 3.0), layout="constrained")

@@ -178,7 +178,11 @@ def aligned_text(rows: Sequence[Sequence[str]]) -> str:
 
 def markdown_table(summaries: Sequence[Summary], differences: Differences) -> str:
     """Return the result for a README."""
-    rows = table_rows(summaries, differences)
+    return markdown_rows(table_rows(summaries, differences))
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Return the cells of a table, the first row its head, as Markdown."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 

@@ -49,7 +49,8 @@ def _sampled_for_evaluation(config: AlignConfig, num_samples: int) -> AlignConfi
         "temperatures": (config.evaluation.temperature,),
         "common_seeds": True,
     }
-    return config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
+    sampling = config.sampling.model_copy(update=changes)
+    return config.model_copy(update={"sampling": sampling, "seed": config.evaluation.seed})
 
 
 def evaluate_ceiling(config: AlignConfig, folder: Path) -> None:

@@ -124,23 +124,29 @@ def _stage_seconds(config: AlignConfig) -> dict[str, float]:
     return dict(seconds)
 
 
-def _facts(config: AlignConfig) -> dict[str, str]:
+def machine_facts() -> dict[str, str]:
+    """Return what a measurement must say of where it was made."""
     versions: list[str] = []
     for package in VERSIONED:
         try:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    facts = {
-        "run": config.run_dir.name,
-        "config": config_hash(config),
+    return {
         "commit": _commit(),
-        "heard at temperature": f"{config.evaluation.temperature:g}",
         "versions": ", ".join(versions),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}",
     }
-    return facts | _pair_facts(config)
+
+
+def _facts(config: AlignConfig) -> dict[str, str]:
+    facts = {
+        "run": config.run_dir.name,
+        "config": config_hash(config),
+        "heard at temperature": f"{config.evaluation.temperature:g}",
+    }
+    return facts | machine_facts() | _pair_facts(config)
 
 
 def _pair_facts(config: AlignConfig) -> dict[str, str]:

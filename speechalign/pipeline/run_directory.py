@@ -25,6 +25,7 @@ from speechalign.errors import ConfigError, DataError, RunLocked
 
 logger = logging.getLogger(__name__)
 
+TIMINGS = "timings.json"
 HEARTBEAT_S = 10.0
 STALE_AFTER_S = 60.0
 """A lock of another host without a heartbeat for this long belongs to a dead run."""
@@ -57,8 +58,20 @@ class RunDirectory:
         produce(folder)
         if not is_committed(folder):
             raise DataError(f"stage {name} left no manifest in {folder}; this is a bug, report it")
-        logger.info("%s: finished in %.0f s", name, time.monotonic() - started_s)
+        seconds = time.monotonic() - started_s
+        timings = read_timings(self.path) | {name: round(seconds, 1)}
+        write_json_atomically(self.path / TIMINGS, timings)
+        logger.info("%s: finished in %.0f s", name, seconds)
         return folder
+
+
+def read_timings(path: Path) -> dict[str, float]:
+    """Return the wall-clock seconds of each finished stage of a run.
+
+    A stage that was killed and made again has those of the last time.
+    """
+    timings = path / TIMINGS
+    return json.loads(timings.read_text()) if timings.exists() else {}
 
 
 @contextmanager

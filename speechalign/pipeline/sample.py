@@ -27,15 +27,16 @@ TRAIN, HELDOUT, QUARANTINE = "train.parquet", "heldout.parquet", "quarantine.par
 def write_prompts(config: AlignConfig, folder: Path) -> None:
     """Choose the prompts of training and evaluation, once for all iterations."""
     golden = pq.read_table(config.golden)
-    chosen = {TRAIN: config.prompts, HELDOUT: config.evaluation.prompts}
+    evaluation = config.evaluation
+    chosen = {TRAIN: (config.prompts, config.seed), HELDOUT: (evaluation.prompts, evaluation.seed)}
     facts = manifest_facts(config.policy)
     vocabulary = Vocabulary.load(config.policy / VOCABULARY)
     feedback = 1  # a token that chain of hindsight may put in front
     room = config.engine.max_model_len - config.sampling.max_new_tokens - feedback
     dropped: list[pa.Table] = []
     with committed_folder(folder, {"kind": "prompts"}) as partial:
-        for file, prompts_config in chosen.items():
-            prompts = build_prompts(golden, prompts_config, seed=config.seed)
+        for file, (prompts_config, seed) in chosen.items():
+            prompts = build_prompts(golden, prompts_config, seed=seed)
             admitted = admit_prompts(prompts, vocabulary, facts, max_prompt_tokens=room)
             pq.write_table(admitted.prompts, partial / file)
             dropped.append(admitted.quarantine)

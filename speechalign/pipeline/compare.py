@@ -1,0 +1,272 @@
+"""Several runs of one recipe, and one table of all: `speechalign compare`.
+
+    RUN/ARM/...   RUN/REWARD-MODEL/...   RUN/compare.json  compare.md  compare.svg
+
+An arm is an ordinary run: it resumes, and `speechalign align` could have made it. What two arms
+share (prompts, the evaluation of the start, its judged samples) is made once and copied.
+"""
+
+import json
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speechalign.artifacts import is_committed, write_json_atomically
+from speechalign.config.align import AlignConfig
+from speechalign.config.compare import ArmConfig, CompareConfig, RewardModelStepConfig
+from speechalign.config.load import load_config
+from speechalign.config.training import RewardModelConfig
+from speechalign.errors import BudgetExceeded, DataError, Diverged
+from speechalign.evaluation.comparison import (
+    Compared,
+    System,
+    compare_systems,
+    comparison_rows,
+)
+from speechalign.evaluation.plots import systems_compared
+from speechalign.evaluation.summary import markdown_rows
+from speechalign.pipeline.align import run_align
+from speechalign.pipeline.cluster import connected
+from speechalign.pipeline.report import machine_facts
+from speechalign.pipeline.reward_model import train_reward_model
+from speechalign.pipeline.run_directory import TIMINGS, read_timings
+from speechalign.policy.reward_model import load_reward_model
+from speechalign.sampling.pipeline import SCORED
+
+logger = logging.getLogger(__name__)
+
+SHARED_STAGES: Mapping[str, tuple[str, ...]] = {
+    "prompts": (
+        "run_dir", "training", "pairing", "reward", "judges", "rendering", "pools", "nar",
+        "pipeline.earlier_pairs", "pipeline.reference", "pipeline.guards",
+        "sampling.samples_per_prompt", "sampling.temperatures", "sampling.common_seeds",
+        "evaluation.judges", "evaluation.temperature", "evaluation.best_of",
+    ),
+    "iteration-0/evaluation": (
+        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges",
+        "sampling.samples_per_prompt", "sampling.temperatures", "sampling.common_seeds",
+    ),
+    "ceiling": (
+        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges",
+        "sampling", "engine", "evaluation.best_of", "evaluation.temperature",
+    ),
+    "reference": (
+        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges",
+        "sampling", "engine", "evaluation.best_of", "evaluation.temperature",
+    ),
+    "iteration-1/scored": ("run_dir", "training", "pairing", "reward", "evaluation",
+        "pipeline.earlier_pairs", "pipeline.reference", "pipeline.guards"),
+}  # fmt: skip
+"""What of a recipe each stage does *not* depend on; two arms equal in the rest share it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One run of a comparison."""
+
+    step: ArmConfig
+    seed: int
+    config: AlignConfig
+
+    def label(self, iteration: int) -> str:
+        """Return what a row of the table is called."""
+        parts = [self.step.label]
+        if self.config.pipeline.iterations > 1:
+            parts.append(f"iteration {iteration}")
+        if len(self.step.seeds) > 1:
+            parts.append(f"seed {self.seed}")
+        return ", ".join(parts)
+
+
+def run_compare(config: CompareConfig) -> str:
+    """Run the steps that are not finished, and write the table; return it.
+
+    An arm that diverges or loses its judges has no row; the others go on.
+
+    Raises:
+        ConfigError: a step could never have worked; raised before the first.
+        DataError: no arm was evaluated.
+    """
+    arms = {
+        step.name: arms_of(config, step) for step in config.steps if isinstance(step, ArmConfig)
+    }
+    done: list[Arm] = []
+    failures: dict[str, str] = {}
+    with connected():
+        for step in config.steps:
+            if isinstance(step, RewardModelStepConfig):
+                train_reward_model(_reward_model(config, step))
+                continue
+            for arm in arms[step.name]:
+                share_stages(arm.config, [earlier.config for earlier in done])
+                try:
+                    run_align(arm.config, until=step.until)
+                except (Diverged, BudgetExceeded) as error:
+                    logger.warning("%s: %s", arm.config.run_dir, error)
+                    failures[arm.config.run_dir.name] = str(error)
+                else:
+                    done.append(arm)
+    return write_comparison(config, done, failures)
+
+
+def arms_of(config: CompareConfig, step: ArmConfig) -> list[Arm]:
+    """Return the runs of a step, one a seed.
+
+    Raises:
+        ConfigError: the recipe with the overrides is not valid.
+    """
+    arms: list[Arm] = []
+    for seed in step.seeds:
+        suffix = f"-seed{seed}" if len(step.seeds) > 1 else ""
+        own = {"run_dir": str(config.run_dir / f"{step.name}{suffix}"), "seed": seed,
+               "training.seed": seed}  # fmt: skip
+        chosen = {**config.overrides, **step.overrides, **own}
+        loaded = load_config(AlignConfig, config.recipe, _as_overrides(chosen, config.run_dir))
+        arms.append(Arm(step=step, seed=seed, config=loaded))
+    return arms
+
+
+def share_stages(config: AlignConfig, finished: Sequence[AlignConfig]) -> None:
+    """Copy the stages that another run has made of the same settings."""
+    for stage, ignored in SHARED_STAGES.items():
+        target = config.run_dir / stage
+        if is_committed(target) or _chooses_among_several(config, stage):
+            continue
+        for other in finished:
+            source = other.run_dir / stage
+            same = _without(config, ignored) == _without(other, ignored)
+            if same and is_committed(source) and not _chooses_among_several(other, stage):
+                partial = target.with_name(f".{target.name}.copy")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(source, partial)
+                partial.replace(target)
+                _copy_timing(stage, other.run_dir, config.run_dir)
+                logger.info("%s: as in %s", target, other.run_dir.name)
+                break
+
+
+def _copy_timing(stage: str, source: Path, target: Path) -> None:
+    taken = {name: value for name, value in read_timings(source).items() if name == stage}
+    write_json_atomically(target / TIMINGS, read_timings(target) | taken)
+
+
+def write_comparison(
+    config: CompareConfig, arms: Sequence[Arm], failures: Mapping[str, str]
+) -> str:
+    """Write `compare.json`, `compare.md` and `compare.svg` from what is on disk.
+
+    Raises:
+        DataError: no arm was evaluated.
+    """
+    evaluated = [arm for arm in arms if arm.step.until == "report"]
+    if not evaluated:
+        raise DataError(f"{config.run_dir} has no evaluated arm to compare")
+    systems = list(_systems(config, evaluated))
+    baseline = systems[0]
+    compared = compare_systems(baseline, systems[1:], config.num_resamples)
+    ceiling = evaluated[0].config.run_dir / "ceiling"
+    if is_committed(ceiling):
+        judged = pq.read_table(ceiling / SCORED)
+        system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": "ceiling"})
+        compared.append(compare_systems(system, [], config.num_resamples)[0])
+    facts = machine_facts() | {"command": shlex.join(["speechalign", *sys.argv[1:]])}
+    facts |= {f"failed: {name}": reason for name, reason in failures.items()}
+    rows = [one.to_json() for one in compared]
+    result = {"facts": facts, "rows": rows, "table": comparison_rows(compared)}
+    write_json_atomically(config.run_dir / "compare.json", result)
+    table = markdown_rows(comparison_rows(compared))
+    lines = [f"* {name}: {value}" for name, value in facts.items()]
+    text = "\n".join([table, "", *lines]) + "\n"
+    (config.run_dir / "compare.md").write_text(text)
+    (config.run_dir / "compare.svg").write_text(_plot(compared))
+    return text
+
+
+def _systems(config: CompareConfig, arms: Sequence[Arm]) -> Iterator[System]:
+    """Yield the start, then every iteration of every arm."""
+    start = arms[0].config.run_dir / "iteration-0" / "evaluation"
+    rewarded = _Rewarded(config)
+    yield System(label="SFT", judged=rewarded(start), facts={"arm": "start"})
+    for arm in arms:
+        seconds = 0.0
+        timings = read_timings(arm.config.run_dir)
+        for iteration in range(1, arm.config.pipeline.iterations + 1):
+            name = f"iteration-{iteration}"
+            folder = arm.config.run_dir / name / "evaluation"
+            if not is_committed(folder):
+                continue
+            seconds += sum(
+                value
+                for stage, value in timings.items()
+                if stage.startswith(f"{name}/") and not stage.endswith("evaluation")
+            )
+            yield System(
+                label=arm.label(iteration),
+                judged=rewarded(folder),
+                seconds=seconds,
+                facts={"arm": arm.step.name, "seed": arm.seed, "iteration": iteration},
+            )
+
+
+class _Rewarded:
+    """Reads judged samples and adds what the comparison's reward model says of them."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        self._model = None
+        if config.reward_model is not None:
+            self._model = load_reward_model(config.run_dir / config.reward_model)
+
+    def __call__(self, folder: Path) -> pa.Table:
+        table = pq.read_table(folder / SCORED)
+        if self._model is None:
+            return table
+        rows = table.select(["prompt_token_ids", "token_ids"]).to_pylist()
+        rewards = [self._model.rewards([tuple(row.values())])[0] for row in rows]
+        names = [name for name in table.column_names if name != "reward_model"]
+        column = pa.array(rewards, pa.float32())
+        return table.select(names).append_column("reward_model", column)
+
+
+def _reward_model(config: CompareConfig, step: RewardModelStepConfig) -> RewardModelConfig:
+    chosen = {**step.overrides, "output": str(config.run_dir / step.name)}
+    return load_config(RewardModelConfig, step.recipe, _as_overrides(chosen, config.run_dir))
+
+
+def _as_overrides(values: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """Return the overrides as the command line would give them; JSON is YAML."""
+    texts = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return [text.replace("{run}", str(run_dir)) for text in texts]
+
+
+def _chooses_among_several(config: AlignConfig, stage: str) -> bool:
+    """Whether the start itself was evaluated by a reward's choice."""
+    is_choice = config.evaluation.best_of > 1 and config.training.method != "best_of_n"
+    return stage == "iteration-0/evaluation" and is_choice
+
+
+def _without(config: AlignConfig, ignored: Sequence[str]) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    if config.training.method == "best_of_n":
+        values["evaluation"]["best_of"] = 1  # of the arm, not of the start
+    for dotted in ignored:
+        *parents, last = dotted.split(".")
+        node = values
+        for key in parents:
+            node = node[key]
+        node.pop(last, None)
+    return values
+
+
+def _plot(compared: Sequence[Compared]) -> str:
+    found = [(one.summary.name, one.summary.estimates.get("wer")) for one in compared]
+    known = [(name, estimate) for name, estimate in found if estimate is not None]
+    values = [(100 * e.value, 100 * e.low, 100 * e.high) for _, e in known]
+    return systems_compared([name for name, _ in known], values, "WER %")
