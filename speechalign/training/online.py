@@ -169,6 +169,7 @@ class OnlineTrainer:
                 reason = self._look(block, metrics)
                 if block.step > first and block.step % config.checkpoint_every == 0:
                     self._save()
+                self._count(block)
                 if reason is None and block.step < config.num_steps:
                     reason = self._learn(block, values, metrics)
                 waiting_since_s = time.time()
@@ -230,6 +231,9 @@ class OnlineTrainer:
             raise StaleRollouts(
                 f"rollouts of step {block.step} came when those of {self._progress.step} were due"
             )
+        return block
+
+    def _count(self, block: RolloutBlock) -> None:
         progress = self._progress
         answers = [*block.learned, *block.heldout]
         missing = sum(rollout.reward is None for rollout in answers)
@@ -242,7 +246,6 @@ class OnlineTrainer:
                 f"{progress.num_without_reward} of {progress.num_answers} answers have no reward "
                 f"after step {block.step}; {self._job.failure_budget:.0%} may lack one"
             )
-        return block
 
     def _look(self, block: RolloutBlock, metrics: MetricsWriter) -> str | None:
         """Measure the held-out answers, if the block has some; return why to stop."""

@@ -1,0 +1,277 @@
+"""The online loop without a cluster: the sampler's stage and one trainer take turns."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from speechalign.artifacts import verify_folder
+from speechalign.config.online_training import OnlineTrainingConfig
+from speechalign.config.sampling import PromptsConfig, SamplingConfig, TransformersConfig
+from speechalign.errors import BudgetExceeded, LogprobMismatch, StaleRollouts
+from speechalign.policy.ar import load_ar
+from speechalign.policy.versions import Probe
+from speechalign.rows import Row, prompts_to_table
+from speechalign.sampling.prompts import build_prompts
+from speechalign.sampling.rollouts import RolloutStage, Sampler, plan_rollouts
+from speechalign.training.metrics import read_metrics
+from speechalign.training.online import OnlineJob, OnlinePaths, OnlineTrainer, finished_steps
+from speechalign.training.online_base import OnlineTask
+from speechalign.types import Measured, Score, Unmeasured
+from tests.online_toy import a_process_group
+from tests.tiny_stack import TinyStack, build_tiny_stack
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SAMPLES = 3
+PROBES = (
+    Probe(prompt_token_ids=(2, 9, 10, 3, 30, 4), answer_token_ids=(8, 9, 10, 1)),
+    Probe(prompt_token_ids=(2, 9, 3, 31, 4), answer_token_ids=(12, 1)),
+)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyStack]:
+    with a_process_group():
+        yield build_tiny_stack(tmp_path_factory.mktemp("stack"), num_clips=60)
+
+
+def a_config(**changes: Any) -> OnlineTrainingConfig:
+    values: dict[str, Any] = {
+        "method": "grpo",
+        "num_steps": 4,
+        "prompts_per_step": 4,
+        "answers_per_forward": 8,
+        "truncated": "kept",
+        "checkpoint_every": 1,
+        "heldout": {"every": 2, "num_prompts": 4, "answers_per_prompt": 2},
+        "guards": {"min_stop_share": 0.0},
+        "engine": {"learning_rate": 1e-3},
+        "workers": {"num_workers": 1},
+    }
+    return OnlineTrainingConfig.model_validate(values | changes)
+
+
+def share_of_low_tokens(rows: Sequence[Row]) -> list[Score]:
+    return [
+        Measured(sum(token < 16 for token in row["token_ids"]) / len(row["token_ids"]))
+        for row in rows
+    ]
+
+
+class Run:
+    """A job, and what its sampler would send it."""
+
+    def __init__(
+        self, stack: TinyStack, folder: Path, config: OnlineTrainingConfig, **job: Any
+    ) -> None:
+        self.config = config
+        self.paths = OnlinePaths(
+            policy=stack.ar, reference=stack.ar, output=folder / "iteration-1" / "policy"
+        )
+        self.job = replace(
+            OnlineJob(
+                task=OnlineTask(config=config, temperature=1.0, samples_per_prompt=SAMPLES),
+                paths=self.paths,
+                probes=PROBES,
+                rewards=share_of_low_tokens,
+                failure_budget=0.2,
+            ),
+            **job,
+        )
+        golden = pq.read_table(stack.golden)
+        chosen = PromptsConfig(num_prompts=16, speaker_frames=8, max_golden_frames=100)
+        self.prompts = prompts_to_table(build_prompts(golden, chosen, seed=0))
+
+    def blocks(self) -> Iterator[pa.Table]:
+        """Yield what Ray Data would: a block is sampled when the trainer asks for it."""
+        sampler = Sampler(
+            versions=self.paths.versions,
+            engine=TransformersConfig(max_model_len=64),
+            sampling=SamplingConfig(samples_per_prompt=SAMPLES, max_new_tokens=16),
+            run_seed=0,
+            heldout_answers=self.config.heldout.answers_per_prompt,
+            probes=PROBES,
+            max_logprob_difference=self.config.max_logprob_difference,
+            timeout_s=2.0,
+        )
+        stage = RolloutStage(sampler)
+        steps = range(finished_steps(self.paths), self.config.num_steps)
+        learned, heldout = self.prompts.slice(4), self.prompts.slice(0, 4)
+        for block in plan_rollouts(learned, heldout, steps, self.config):
+            yield stage(block)
+
+    def train(self, blocks: Iterable[pa.Table] | None = None) -> OnlineTrainer:
+        trainer = OnlineTrainer(self.job)
+        trainer.run(self.blocks() if blocks is None else blocks)
+        return trainer
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.paths.work / "metrics.jsonl")
+
+    def version(self, step: int) -> dict[str, torch.Tensor]:
+        return load_ar(self.paths.versions / f"v{step:06d}").model.state_dict()
+
+
+class Killed(Exception):
+    pass
+
+
+def until_killed(blocks: Iterator[pa.Table], count: int) -> Iterator[pa.Table]:
+    for _ in range(count):
+        yield next(blocks)
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "grpo"},
+        {"method": "grpo", "max_staleness": 1},
+        {"method": "ppo", "kl": {"coefficient": 0.01, "controller": "adaptive"}},
+        {"method": "online_dpo", "online_dpo": {"min_margin": 0.01}},
+    ],
+)
+def test_a_killed_training_ends_like_one_that_was_left_alone(
+    stack: TinyStack, tmp_path: Path, changes: dict[str, Any]
+):
+    whole = Run(stack, tmp_path / "whole", a_config(**changes))
+    whole.train().commit()
+    killed = Run(stack, tmp_path / "killed", a_config(**changes))
+    with pytest.raises(Killed):
+        killed.train(until_killed(killed.blocks(), 3))
+    assert finished_steps(killed.paths) == 2
+    killed.train().commit()
+    for name, weight in whole.version(4).items():
+        torch.testing.assert_close(killed.version(4)[name], weight, atol=1e-6, rtol=0)
+    facts = [verify_folder(run.paths.output) for run in (whole, killed)]
+    for key in ("best_step", "best_heldout_reward", "num_answers", "policy_version"):
+        assert facts[0][key] == pytest.approx(facts[1][key]), key
+    rows = [
+        [(row["step"], round(row["reward"], 6)) for row in run.metrics() if "reward" in row]
+        for run in (whole, killed)
+    ]
+    assert rows[0] == rows[1]
+    looks = [row["step"] for row in killed.metrics() if "heldout_reward" in row]
+    assert looks == ([0, 1, 4] if "max_staleness" in changes else [0, 2, 4])
+
+
+def test_a_step_moves_the_policy_and_raises_the_reward(stack: TinyStack, tmp_path: Path):
+    far = {"min_stop_share": 0.0, "max_kl": 10.0, "patience": 10}
+    config = a_config(num_steps=12, prompts_per_step=8, engine={"learning_rate": 0.01}, guards=far)
+    run = Run(stack, tmp_path, config)
+    run.train().commit()
+    looks = [row["heldout_reward"] for row in run.metrics() if "heldout_reward" in row]
+    assert max(looks) > looks[0] + 0.1
+    facts = verify_folder(run.paths.output)
+    assert facts["best_heldout_reward"] == pytest.approx(max(looks))
+    assert facts["policy_version"] == facts["best_step"]
+
+
+@pytest.mark.parametrize(("staleness", "versions"), [(0, [0, 1, 2]), (1, [0, 0, 1])])
+def test_a_block_is_answered_by_the_version_that_its_step_asks_for(
+    stack: TinyStack, tmp_path: Path, staleness: int, versions: list[int]
+):
+    run = Run(stack, tmp_path, a_config(num_steps=3, max_staleness=staleness))
+    seen: list[pa.Table] = []
+
+    def watched() -> Iterator[pa.Table]:
+        for block in run.blocks():
+            seen.append(block)
+            yield block
+
+    run.train(watched())
+    found = [set(block["policy_version"].to_pylist()) for block in seen]
+    assert found == [*({version} for version in versions), {3}]
+
+
+def test_answers_of_another_version_stop_the_run(stack: TinyStack, tmp_path: Path):
+    run = Run(stack, tmp_path, a_config())
+    block = next(run_blocks_of(run))
+    index = block.schema.get_field_index("policy_version")
+    wrong = pa.array([5] * block.num_rows, pa.int64())
+    stale = block.set_column(index, block.schema.field(index), wrong)
+    with pytest.raises(StaleRollouts, match="policy version 5, wanted was 0"):
+        run.train([stale])
+
+
+def test_a_step_out_of_turn_stops_the_run(stack: TinyStack, tmp_path: Path):
+    run = Run(stack, tmp_path, a_config())
+    block = next(run_blocks_of(run))
+    with pytest.raises(StaleRollouts, match="step 0 came when those of 1"):
+        run.train([block, block])
+
+
+def run_blocks_of(run: Run) -> Iterator[pa.Table]:
+    OnlineTrainer(run.job)  # publishes the first version
+    return run.blocks()
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_stops(stack: TinyStack, tmp_path: Path):
+    run = Run(stack, tmp_path, a_config())
+    OnlineTrainer(run.job)
+    manifest = run.paths.versions / "v000000" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["facts"]["probe_logprobs"][1][0] += 0.01
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(LogprobMismatch, match=r"1\.00e-02 nats"):
+        next(run.blocks())
+
+
+def a_tenth_fails(rows: Sequence[Row]) -> list[Score]:
+    scores = share_of_low_tokens(rows)
+    return [Unmeasured("broken") if i % 10 == 9 else score for i, score in enumerate(scores)]
+
+
+def test_failed_rewards_are_counted_and_left_out(stack: TinyStack, tmp_path: Path):
+    run = Run(stack, tmp_path, a_config(num_steps=2), rewards=a_tenth_fails)
+    run.train().commit()
+    facts = verify_folder(run.paths.output)
+    assert facts["num_answers"] == 2 * 4 * SAMPLES + 2 * 4 * 2
+    assert facts["num_without_reward"] == 1 + 2  # rows 9, 19 and 29 of 20 and 12 and 8 rows
+    assert all(row["rewarded_share"] < 1 for row in run.metrics() if "reward" in row)
+
+
+def test_too_many_failed_rewards_stop_the_run(stack: TinyStack, tmp_path: Path):
+    run = Run(stack, tmp_path, a_config(), rewards=a_tenth_fails, failure_budget=0.01)
+    with pytest.raises(BudgetExceeded, match="answers have no reward"):
+        run.train()
+
+
+def test_a_guard_stops_the_run_and_the_best_is_kept(stack: TinyStack, tmp_path: Path):
+    run = Run(stack, tmp_path, a_config(guards={"min_stop_share": 1.0}))
+    run.train().commit()
+    facts = verify_folder(run.paths.output)
+    assert "guards.min_stop_share is 100%" in facts["stop_reason"]
+    assert facts["best_step"] == 0
+    before, after = load_ar(stack.ar).model.state_dict(), load_ar(run.paths.output).model
+    for name, weight in after.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_the_best_is_kept(
+    stack: TinyStack, tmp_path: Path
+):
+    def infinite(rows: Sequence[Row]) -> list[Score]:
+        return [Measured(float("inf") if i else 0.0) for i, _ in enumerate(rows)]
+
+    run = Run(stack, tmp_path, a_config(), rewards=infinite)
+    run.train().commit()
+    assert "not a number" in verify_folder(run.paths.output)["stop_reason"]
+
+
+def test_versions_that_nobody_needs_are_removed_but_the_best_stays(
+    stack: TinyStack, tmp_path: Path
+):
+    run = Run(stack, tmp_path, a_config(num_steps=6))
+    trainer = run.train()
+    trainer.commit()
+    left = sorted(int(folder.name[1:]) for folder in run.paths.versions.glob("v*"))
+    best = verify_folder(run.paths.output)["best_step"]
+    assert set(left) == {best, 6}
