@@ -86,6 +86,18 @@ def test_vllm_logprobs_are_the_trainers(vllm_engine: Engine, folders: tuple[Path
     assert largest_difference(vllm_engine, folders[0]) <= 1e-4
 
 
+def test_vllm_scores_a_given_answer_as_the_trainer_does(
+    vllm_engine: Engine, folders: tuple[Path, Path]
+) -> None:
+    answers = [((9, 10, 11), (12, 13, 1)), ((8, 9), (20,)), ((30,) * 17, (14,) * 9)]
+    reference = build_generation_engine(folders[0], TransformersConfig(max_model_len=128))
+    scored = zip(answers, vllm_engine.score(answers), reference.score(answers), strict=True)
+    for (prompt, answer), ours, theirs in scored:
+        expected = trainer_logprobs(folders[0], prompt, answer)
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+        np.testing.assert_allclose(theirs, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 0.7, "top_p": 0.8}, {"top_k": 5}, {"temperature": 0.0}]
 )
