@@ -178,9 +178,10 @@ def clip_from_row(row: Row) -> Clip:
 
 def scored_from_row(row: Row, measures: Sequence[str], reward: Score) -> ScoredSample:
     """Read a judged row; a null measure is unmeasured for the reason in `judge_errors`."""
+    errors = row.get("judge_errors", "")  # only a row that was rendered has the column
     return ScoredSample(
         sample=sample_from_row(row),
-        measures={name: score_from_cell(row[name], row["judge_errors"]) for name in measures},
+        measures={name: score_from_cell(row[name], errors) for name in measures},
         reward=reward,
     )
 

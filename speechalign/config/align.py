@@ -10,6 +10,7 @@ from speechalign.config.codec import CodecConfig, EmbeddedCodecConfig
 from speechalign.config.evaluation import EvaluationConfig
 from speechalign.config.guards import GuardsConfig
 from speechalign.config.judges import (
+    TRUNCATED,
     JudgeConfig,
     RecogniserConfig,
     RewardConfig,
@@ -26,6 +27,7 @@ from speechalign.config.sampling import (
     SamplingPoolsConfig,
     VllmConfig,
 )
+from speechalign.types import PairKind
 
 ONLINE_METHODS = ("ppo", "grpo", "online_dpo")
 
@@ -47,6 +49,8 @@ class PipelineConfig(Config):
 
     iterations: int = Field(default=1, gt=0)
     """Sample, judge, pair, train, evaluate: once each an iteration (SpeechAlign, Algorithm 1)."""
+    prompts: Literal["fresh", "same"] = "fresh"
+    """Whether each iteration is given other texts to speak, `prompts.num_prompts` of them."""
     earlier_pairs: Literal["none", "previous", "all"] = "previous"
     """Trained on beside the new pairs: those of the iteration before (the paper), or of all."""
     reference: Literal["previous", "first"] = "previous"
@@ -71,8 +75,8 @@ class AlignConfig(Config):
     sampling: SamplingConfig = SamplingConfig()
     rendering: RenderingConfig = RenderingConfig()
     pools: SamplingPoolsConfig = SamplingPoolsConfig()
-    judges: tuple[JudgeConfig, ...] = Field(min_length=1)
-    reward: RewardConfig
+    judges: tuple[JudgeConfig, ...] = ()
+    reward: RewardConfig = RewardConfig()
     pairing: PairingConfig = PairingConfig()
     training: AlignTrainingConfig = PreferenceTrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -80,13 +84,27 @@ class AlignConfig(Config):
 
     @model_validator(mode="after")
     def _rewards_are_measured(self) -> "AlignConfig":
-        measured = {name for judge in self.judges for name in judge_measures(judge)}
+        measured = {TRUNCATED} | {name for judge in self.judges for name in judge_measures(judge)}
         for term in self.reward.terms:
             if term.measure not in measured:
                 raise ValueError(
                     f"reward term {term.measure!r} is measured by no judge of this recipe; "
                     f"measured are {', '.join(sorted(measured))}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _who_needs_a_reward_has_one(self) -> "AlignConfig":
+        paired = self.training.method in ("dpo", "sft", "coh")
+        golden_only = self.pairing.kinds == (PairKind.GOLDEN,)
+        is_worst = self.pairing.golden_rejected == "worst"
+        if paired and golden_only and not is_worst and self.evaluation.best_of == 1:
+            return self
+        if not self.reward.terms:
+            raise ValueError(
+                "reward.terms is empty: only golden pairs can be made without a reward; add "
+                "a judge and a term, or set pairing.kinds to [golden]"
+            )
         return self
 
     @model_validator(mode="after")

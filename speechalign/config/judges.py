@@ -77,6 +77,15 @@ JudgeConfig: TypeAlias = Annotated[
 ]
 
 
+TRUNCATED = "truncated"
+"""A measure that no judge is needed for."""
+
+
+def listens(config: JudgeConfig) -> bool:
+    """Whether a judge needs the sound; others read the tokens."""
+    return not isinstance(config, RewardModelJudgeConfig)
+
+
 def judge_name(config: JudgeConfig) -> str:
     """Return the name of the judge without loading its model."""
     return f"{config.role}_recogniser" if isinstance(config, RecogniserConfig) else config.kind
@@ -107,13 +116,20 @@ class RewardTermConfig(Config):
     """A column that some judge writes, e.g. `reward_wer`."""
     weight: float
     """Negative for a measure of which less is better."""
+    target: float | None = None
+    """The term is then the distance to it: `duration_ratio` 1 with a negative weight."""
+    lowest: float | None = None
+    """Smaller values count as this."""
     highest: float | None = None
     """Larger values count as this: a word error rate above 1 is no worse than 1."""
 
 
 class RewardConfig(Config):
-    """A weighted sum of measures."""
+    """A weighted sum of measures; `truncated` (1 or 0) is measured of every sample."""
 
-    terms: tuple[RewardTermConfig, ...] = Field(min_length=1)
+    terms: tuple[RewardTermConfig, ...] = ()
+    """None: nobody asks what a sample is worth, as with golden pairs."""
+    normalise: Literal["none", "group"] = "none"
+    """group: each term less its mean over the samples of the prompt, by its deviation there."""
     failure_budget: float = Field(default=0.05, ge=0, le=1)
     """The share of samples that may have no reward before the run stops."""

@@ -98,8 +98,10 @@ class Iteration:
         if isinstance(config.training, OnlineTrainingConfig):
             return self._run_online(until)
         stages: dict[str, Callable[[Path], None]] = {
-            "samples": lambda folder: write_samples(config, self.policy_before, folder),
-            "scored": lambda folder: write_scored(config, self.policy_before, folder),
+            "samples": lambda folder: write_samples(
+                config, self._number, self.policy_before, folder
+            ),
+            "scored": lambda folder: write_scored(config, self._number, self.policy_before, folder),
             "pairs": lambda folder: write_pairs(config, self._number, folder),
             "policy": self._train,
             "evaluation": self._evaluate,
@@ -129,6 +131,7 @@ class Iteration:
     def _train_online(self, folder: Path) -> None:
         train_online(
             self._config,
+            self._number,
             OnlinePaths(policy=self.policy_before, reference=self._reference(), output=folder),
         )
 

@@ -95,6 +95,9 @@ def run_compare(config: CompareConfig) -> str:
         ConfigError: a step could never have worked; raised before the first.
         DataError: no arm was evaluated.
     """
+    for step in config.steps:
+        if isinstance(step, RewardModelStepConfig):
+            reward_model_of(config, step)
     arms = {
         step.name: arms_of(config, step) for step in config.steps if isinstance(step, ArmConfig)
     }
@@ -103,7 +106,7 @@ def run_compare(config: CompareConfig) -> str:
     with connected():
         for step in config.steps:
             if isinstance(step, RewardModelStepConfig):
-                train_reward_model(_reward_model(config, step))
+                train_reward_model(reward_model_of(config, step))
                 continue
             for arm in arms[step.name]:
                 share_stages(arm.config, [earlier.config for earlier in done])
@@ -235,7 +238,12 @@ class _Rewarded:
         return table.select(names).append_column("reward_model", column)
 
 
-def _reward_model(config: CompareConfig, step: RewardModelStepConfig) -> RewardModelConfig:
+def reward_model_of(config: CompareConfig, step: RewardModelStepConfig) -> RewardModelConfig:
+    """Return the training of a step.
+
+    Raises:
+        ConfigError: the recipe with the overrides is not valid.
+    """
     chosen = {**step.overrides, "output": str(config.run_dir / step.name)}
     return load_config(RewardModelConfig, step.recipe, _as_overrides(chosen, config.run_dir))
 

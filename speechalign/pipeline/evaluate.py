@@ -9,7 +9,14 @@ from speechalign.artifacts import is_committed, verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.config.sampling import RenderingConfig
 from speechalign.errors import DataError
-from speechalign.pipeline.sample import HELDOUT, listening_stages, read_prompts, speaking_stages
+from speechalign.pipeline.sample import (
+    HELDOUT,
+    judging_stages,
+    listening_stages,
+    read_prompts,
+    sampling_stage,
+    speaking_stages,
+)
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.combine import best_of_groups
@@ -31,7 +38,10 @@ def evaluate_policy(config: AlignConfig, policy: Path, folder: Path) -> None:
 def write_candidates(config: AlignConfig, policy: Path, folder: Path) -> None:
     """Let a policy answer every held-out prompt several times, and let the reward listen."""
     several = _sampled_for_evaluation(config, config.evaluation.best_of)
-    stages = speaking_stages(several, policy, config.judges)
+    stages = [
+        sampling_stage(several, policy),
+        *judging_stages(several, policy, config.judges),
+    ]
     sample_and_judge(read_prompts(config, HELDOUT), stages, folder, keep_audio=False)
 
 

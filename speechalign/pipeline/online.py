@@ -6,7 +6,6 @@ prompts -> RolloutStage -> RenderStage -> a pool per judge -> shards of the Ray 
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,30 +15,28 @@ import pyarrow as pa
 
 from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
-from speechalign.config.judges import RewardConfig
 from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.errors import ConfigError, SpeechalignError
-from speechalign.pipeline.sample import TRAIN, listening_stages, read_prompts
+from speechalign.pipeline.sample import judging_stages, training_prompts
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
 from speechalign.policy.versions import Probe
 from speechalign.policy.vocabulary import Vocabulary
-from speechalign.rewards.combine import combine
-from speechalign.rows import Row, prompts_from_table, score_from_cell
+from speechalign.rewards.combine import rewards_of
+from speechalign.rows import prompts_from_table
 from speechalign.sampling.pipeline import rollout_stage, stream_blocks
 from speechalign.sampling.rollouts import Sampler, plan_rollouts
 from speechalign.seeds import derive_seed
 from speechalign.training.launch import run_workers
 from speechalign.training.online import ROLLOUTS, OnlineJob, OnlinePaths, finished_steps
 from speechalign.training.online_base import OnlineTask
-from speechalign.types import Score
 
 logger = logging.getLogger(__name__)
 
 NUM_PROBES = 4
 
 
-def train_online(config: AlignConfig, paths: OnlinePaths) -> None:
+def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> None:
     """Train a policy on its own answers and commit its best version.
 
     Workers that die are started again from the last checkpoint, `workers.max_failures` times.
@@ -56,7 +53,7 @@ def train_online(config: AlignConfig, paths: OnlinePaths) -> None:
         reference=paths.reference.resolve(),
         output=paths.output.resolve(),
     )
-    learned, heldout = _split(read_prompts(config, TRAIN), training)
+    learned, heldout = _split(training_prompts(config, iteration), training)
     probes = _probes(learned.slice(0, NUM_PROBES), paths.policy)
     job = OnlineJob(
         task=OnlineTask(
@@ -79,11 +76,11 @@ def train_online(config: AlignConfig, paths: OnlinePaths) -> None:
         max_logprob_difference=training.max_logprob_difference,
         timeout_s=training.publication_timeout_s,
     )
-    listening = listening_stages(config, paths.policy, config.judges)
+    judging = judging_stages(config, paths.policy, config.judges)
     stages = [
         rollout_stage(sampler, pool=config.pools.sample),
         # A stage that waits for fuller batches would wait for the next step, and that for this one.
-        *(replace(stage, takes_whole_blocks=True) for stage in listening),
+        *(replace(stage, takes_whole_blocks=True) for stage in judging),
     ]
     once = training.workers.model_copy(update={"max_failures": 0})
     for attempt in range(training.workers.max_failures + 1):
@@ -97,17 +94,6 @@ def train_online(config: AlignConfig, paths: OnlinePaths) -> None:
             logger.warning("%s; starting again from step %d", error, finished_steps(paths))
         else:
             return
-
-
-def rewards_of(rows: Sequence[Row], *, config: RewardConfig) -> list[Score]:
-    """Return the rewards of judged rows."""
-    measures = sorted({term.measure for term in config.terms})
-    return [
-        combine(
-            {name: score_from_cell(row[name], row["judge_errors"]) for name in measures}, config
-        )
-        for row in rows
-    ]
 
 
 def _split(prompts: pa.Table, training: OnlineTrainingConfig) -> tuple[pa.Table, pa.Table]:

@@ -9,16 +9,17 @@ import pyarrow.parquet as pq
 
 from speechalign.artifacts import committed_folder, manifest_facts, verify_folder
 from speechalign.config.align import AlignConfig
+from speechalign.config.judges import TRUNCATED
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.prompt_format import answer_token_ids
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.preferences.pairs import make_pairs
-from speechalign.rewards.combine import check_budget, combine
+from speechalign.rewards.combine import check_budget, rewards_of
 from speechalign.rows import Row, pairs_to_table, prompts_from_table, scored_from_row
 from speechalign.sampling.pipeline import SCORED
 from speechalign.training.preference import PAIRS, read_pairs
 from speechalign.training.reference import sampler_difference
-from speechalign.types import Measured, PreferencePair, ScoredSample, Unmeasured
+from speechalign.types import Measured, PreferencePair, Score, ScoredSample, Unmeasured
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +39,18 @@ def write_pairs(config: AlignConfig, iteration: int, folder: Path) -> None:
     verify_folder(scored_folder)
     groups = _groups(config, pq.read_table(scored_folder / SCORED).to_pylist())
     samples = [scored for group in groups.values() for scored in group]
-    num_missing = check_budget([scored.reward for scored in samples], config.reward)
+    rewards = [scored.reward for scored in samples]
+    num_missing = check_budget(rewards, config.reward) if config.reward.terms else 0
     difference = _probe(config, iteration, samples)
     golden = _golden_answers(config)
     pairing = make_pairs(groups, golden, config.pairing)
     earlier = _earlier_pairs(config, iteration)
-    rewards = [s.reward.value for s in samples if isinstance(s.reward, Measured)]
+    values = [reward.value for reward in rewards if isinstance(reward, Measured)]
     facts = pairing.counts() | {
         "kind": "pairs",
         "num_samples": len(samples),
         "num_without_reward": num_missing,
-        "mean_reward": sum(rewards) / max(1, len(rewards)),
+        "mean_reward": sum(values) / max(1, len(values)),
         "max_logprob_difference": difference,
         "num_earlier_pairs": len(earlier),
     }
@@ -58,14 +60,15 @@ def write_pairs(config: AlignConfig, iteration: int, folder: Path) -> None:
 
 
 def _groups(config: AlignConfig, rows: list[Row]) -> Mapping[str, list[ScoredSample]]:
-    measures = sorted({term.measure for term in config.reward.terms})
+    rewards: list[Score] = (
+        rewards_of(rows, config.reward)
+        if config.reward.terms
+        else [Unmeasured("nobody was asked")] * len(rows)
+    )
+    measures = sorted({term.measure for term in config.reward.terms} - {TRUNCATED})
     groups: dict[str, list[ScoredSample]] = defaultdict(list)
-    for row in rows:
-        unrewarded = scored_from_row(row, measures, Unmeasured("not combined yet"))
-        reward = combine(unrewarded.measures, config.reward)
-        groups[row["prompt_id"]].append(
-            ScoredSample(sample=unrewarded.sample, measures=unrewarded.measures, reward=reward)
-        )
+    for row, reward in zip(rows, rewards, strict=True):
+        groups[row["prompt_id"]].append(scored_from_row(row, measures, reward))
     return groups
 
 

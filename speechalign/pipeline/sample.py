@@ -7,7 +7,12 @@ import pyarrow.parquet as pq
 
 from speechalign.artifacts import committed_folder, is_committed, manifest_facts, verify_folder
 from speechalign.config.align import AlignConfig
-from speechalign.config.judges import JudgeConfig, RewardModelJudgeConfig, judge_name
+from speechalign.config.judges import (
+    JudgeConfig,
+    RewardModelJudgeConfig,
+    judge_name,
+    listens,
+)
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
@@ -28,7 +33,9 @@ def write_prompts(config: AlignConfig, folder: Path) -> None:
     """Choose the prompts of training and evaluation, once for all iterations."""
     golden = pq.read_table(config.golden)
     evaluation = config.evaluation
-    chosen = {TRAIN: (config.prompts, config.seed), HELDOUT: (evaluation.prompts, evaluation.seed)}
+    turns = config.pipeline.iterations if config.pipeline.prompts == "fresh" else 1
+    several = config.prompts.model_copy(update={"num_prompts": turns * config.prompts.num_prompts})
+    chosen = {TRAIN: (several, config.seed), HELDOUT: (evaluation.prompts, evaluation.seed)}
     facts = manifest_facts(config.policy)
     vocabulary = Vocabulary.load(config.policy / VOCABULARY)
     feedback = 1  # a token that chain of hindsight may put in front
@@ -43,26 +50,36 @@ def write_prompts(config: AlignConfig, folder: Path) -> None:
         pq.write_table(pa.concat_tables(dropped), partial / QUARANTINE)
 
 
-def write_samples(config: AlignConfig, policy: Path, folder: Path) -> None:
+def write_samples(config: AlignConfig, iteration: int, policy: Path, folder: Path) -> None:
     """Let the policy answer the training prompts; nothing is rendered or judged."""
-    prompts = read_prompts(config, TRAIN)
-    sample_and_judge(prompts, [_sampling(config, policy)], folder, keep_audio=False)
+    prompts = training_prompts(config, iteration)
+    sample_and_judge(prompts, [sampling_stage(config, policy)], folder, keep_audio=False)
 
 
-def write_scored(config: AlignConfig, policy: Path, folder: Path) -> None:
+def write_scored(config: AlignConfig, iteration: int, policy: Path, folder: Path) -> None:
     """Sample, render and judge the training prompts in one stream.
 
-    Samples that `speechalign sample` has left beside `folder` are not drawn again.
+    Samples that `speechalign sample` has left beside `folder` are not drawn again. Where no
+    judge listens, nothing is rendered.
     """
     samples = folder.with_name("samples")
+    stages = judging_stages(config, policy, config.judges)
     if is_committed(samples):
         verify_folder(samples)
         table = pq.read_table(samples / SCORED)
-        stages = listening_stages(config, policy, config.judges)
     else:
-        table = read_prompts(config, TRAIN)
-        stages = speaking_stages(config, policy, config.judges)
+        table = training_prompts(config, iteration)
+        stages = [sampling_stage(config, policy), *stages]
     sample_and_judge(table, stages, folder, keep_audio=False)
+
+
+def training_prompts(config: AlignConfig, iteration: int) -> pa.Table:
+    """Return the texts that the policy speaks in an iteration, 1 being the first."""
+    prompts = read_prompts(config, TRAIN)
+    if config.pipeline.prompts == "same":
+        return prompts
+    size = -(-prompts.num_rows // config.pipeline.iterations)
+    return prompts.slice((iteration - 1) * size, size)
 
 
 def read_prompts(config: AlignConfig, file: str) -> pa.Table:
@@ -74,13 +91,22 @@ def speaking_stages(
     config: AlignConfig, policy: Path, judges: tuple[JudgeConfig, ...]
 ) -> list[Stage]:
     """Return the stages from prompts to judged samples."""
-    return [_sampling(config, policy), *listening_stages(config, policy, judges)]
+    return [sampling_stage(config, policy), *listening_stages(config, policy, judges)]
+
+
+def judging_stages(
+    config: AlignConfig, policy: Path, judges: tuple[JudgeConfig, ...]
+) -> list[Stage]:
+    """Return the stages from samples to judged samples; nothing is rendered for nobody."""
+    if any(map(listens, judges)):
+        return listening_stages(config, policy, judges)
+    return list(map(_judging, judges))
 
 
 def listening_stages(
     config: AlignConfig, policy: Path, judges: tuple[JudgeConfig, ...]
 ) -> list[Stage]:
-    """Return the stages from samples to judged samples."""
+    """Return the stages from samples to judged samples with sound."""
     render = render_stage(
         config.codec,
         policy.resolve(),
@@ -99,7 +125,8 @@ def _judging(judge: JudgeConfig) -> Stage:
     return Stage(name=judge_name(judge), stage=stage, arguments={"config": judge}, pool=judge.pool)
 
 
-def _sampling(config: AlignConfig, policy: Path) -> Stage:
+def sampling_stage(config: AlignConfig, policy: Path) -> Stage:
+    """Return the stage from prompts to samples."""
     return sample_stage(
         policy.resolve(),
         config.engine,

@@ -1,25 +1,74 @@
 """Measures to a reward. Pure: no model, no cluster."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from statistics import fmean, pstdev
 
 import pyarrow as pa
 
-from speechalign.config.judges import RewardConfig
+from speechalign.config.judges import TRUNCATED, RewardConfig, RewardTermConfig
 from speechalign.errors import BudgetExceeded
-from speechalign.rows import score_from_cell
+from speechalign.rows import Row, score_from_cell
 from speechalign.types import Measured, Score, Unmeasured
 
+STD_FLOOR = 1e-9
 
-def combine(measures: Mapping[str, Score], config: RewardConfig) -> Score:
-    """Return the weighted sum of the terms; without one of them there is no reward."""
-    total = 0.0
-    for term in config.terms:
-        score = measures[term.measure]
+
+def rewards_of(rows: Sequence[Row], config: RewardConfig) -> list[Score]:
+    """Return the reward of each judged sample; without one of its terms it has none.
+
+    Args:
+        rows: judged samples, whole groups, with the columns that the terms name.
+        config: the terms.
+    """
+    terms = [_term(rows, term) for term in config.terms]
+    if config.normalise == "group":
+        terms = [_normalised(rows, term) for term in terms]
+    return [_weighted([term[index] for term in terms], config) for index in range(len(rows))]
+
+
+def _term(rows: Sequence[Row], term: RewardTermConfig) -> list[Score]:
+    """Return one measure of each row, clipped, or its distance to the target."""
+    scores: list[Score] = []
+    for row in rows:
+        if term.measure == TRUNCATED:
+            score: Score = Measured(float(row["is_truncated"]))
+        else:
+            score = score_from_cell(row[term.measure], row.get("judge_errors", ""))
         if isinstance(score, Unmeasured):
-            return Unmeasured(f"{term.measure}: {score.reason}")
-        value = score.value if term.highest is None else min(score.value, term.highest)
-        total += term.weight * value
+            scores.append(Unmeasured(f"{term.measure}: {score.reason}"))
+            continue
+        value = score.value if term.target is None else abs(score.value - term.target)
+        if not math.isfinite(value):
+            scores.append(Unmeasured(f"{term.measure}: {value} is no number"))
+            continue
+        value = value if term.lowest is None else max(value, term.lowest)
+        scores.append(Measured(value if term.highest is None else min(value, term.highest)))
+    return scores
+
+
+def _normalised(rows: Sequence[Row], scores: Sequence[Score]) -> list[Score]:
+    """Return each score less the mean of its prompt's, by their deviation; equal ones are 0."""
+    groups: dict[str, list[float]] = {}
+    for row, score in zip(rows, scores, strict=True):
+        if isinstance(score, Measured):
+            groups.setdefault(row["prompt_id"], []).append(score.value)
+    moments = {id_: (fmean(values), pstdev(values)) for id_, values in groups.items()}
+    normalised: list[Score] = []
+    for row, score in zip(rows, scores, strict=True):
+        if isinstance(score, Measured):
+            mean, deviation = moments[row["prompt_id"]]
+            score = Measured((score.value - mean) / deviation if deviation > STD_FLOOR else 0.0)
+        normalised.append(score)
+    return normalised
+
+
+def _weighted(scores: Sequence[Score], config: RewardConfig) -> Score:
+    total = 0.0
+    for score, term in zip(scores, config.terms, strict=True):
+        if isinstance(score, Unmeasured):
+            return score
+        total += term.weight * score.value
     return Measured(total)
 
 
@@ -35,14 +84,9 @@ def best_of_groups(table: pa.Table, config: RewardConfig) -> pa.Table:
     Raises:
         BudgetExceeded: too many samples have no reward.
     """
-    measures = sorted({term.measure for term in config.terms})
-    rows = table.select(["prompt_id", "judge_errors", *measures]).to_pylist()
-    rewards = [
-        combine(
-            {name: score_from_cell(row[name], row["judge_errors"]) for name in measures}, config
-        )
-        for row in rows
-    ]
+    needed = {"prompt_id", "judge_errors", "is_truncated", *(t.measure for t in config.terms)}
+    rows = table.select([name for name in table.column_names if name in needed]).to_pylist()
+    rewards = rewards_of(rows, config)
     check_budget(rewards, config)
     best: dict[str, tuple[float, int]] = {}
     for index, (row, reward) in enumerate(zip(rows, rewards, strict=True)):

@@ -6,8 +6,9 @@ import pytest
 from speechalign.config.judges import RewardConfig, RewardTermConfig, SignalConfig
 from speechalign.errors import BudgetExceeded
 from speechalign.judges.base import Judgement
-from speechalign.rewards.combine import best_of_groups, check_budget, combine
+from speechalign.rewards.combine import best_of_groups, check_budget, rewards_of
 from speechalign.rewards.stage import JudgeStage
+from speechalign.rows import Row
 from speechalign.types import Clip, Measured, Unmeasured
 
 CONFIG = RewardConfig(
@@ -19,17 +20,64 @@ CONFIG = RewardConfig(
 )
 
 
+def a_row(prompt_id: str = "a", *, is_truncated: bool = False, **measures: float | None) -> Row:
+    return {"prompt_id": prompt_id, "is_truncated": is_truncated, **measures}
+
+
 def test_the_reward_is_the_weighted_sum_of_its_terms():
-    assert combine({"wer": Measured(0.25), "sim": Measured(1.0)}, CONFIG) == Measured(0.25)
+    assert rewards_of([a_row(wer=0.25, sim=1.0)], CONFIG) == [Measured(0.25)]
 
 
 def test_a_word_error_rate_above_one_counts_as_one():
-    assert combine({"wer": Measured(7.0), "sim": Measured(0.0)}, CONFIG) == Measured(-1.0)
+    assert rewards_of([a_row(wer=7.0, sim=0.0)], CONFIG) == [Measured(-1.0)]
 
 
 def test_without_one_of_its_terms_there_is_no_reward():
-    reward = combine({"wer": Measured(0.0), "sim": Unmeasured("too short")}, CONFIG)
-    assert reward == Unmeasured("sim: too short")
+    row = a_row(wer=0.0, sim=None) | {"judge_errors": "too short"}
+    assert rewards_of([row], CONFIG) == [Unmeasured("sim: too short")]
+
+
+def test_what_is_no_number_is_missing():
+    assert rewards_of([a_row(wer=float("nan"), sim=0.0)], CONFIG) == [
+        Unmeasured("wer: nan is no number")
+    ]
+
+
+def one_term(**term: object) -> RewardConfig:
+    return RewardConfig.model_validate({"terms": [{"weight": -1.0} | term]})
+
+
+def test_a_term_can_be_the_distance_to_a_target():
+    config = one_term(measure="duration_ratio", target=1.0, lowest=0.1, highest=0.5)
+    rows = [a_row(duration_ratio=ratio) for ratio in (0.75, 1.25, 1.0, 9.0)]
+    assert rewards_of(rows, config) == [
+        Measured(-0.25), Measured(-0.25), Measured(-0.1), Measured(-0.5)
+    ]  # fmt: skip
+
+
+def test_truncation_can_be_punished_without_a_judge():
+    config = one_term(measure="truncated")
+    rows = [a_row(is_truncated=True), a_row()]
+    assert rewards_of(rows, config) == [Measured(-1.0), Measured(0.0)]
+
+
+def test_terms_are_normalised_within_the_group_over_what_was_measured():
+    config = CONFIG.model_copy(update={"normalise": "group"})
+    rows = [
+        a_row("a", wer=0.0, sim=0.5),
+        a_row("b", wer=0.5, sim=3.0),
+        a_row("a", wer=0.5, sim=0.5),
+        a_row("a", wer=None, sim=0.5),
+        a_row("b", wer=0.5, sim=1.0),
+    ]
+    found = rewards_of(rows, config)
+    assert [s.value if isinstance(s, Measured) else None for s in found] == [
+        pytest.approx(1.0),  # wer is one deviation below its mean, sim is the same for all of a
+        pytest.approx(0.5),  # sim is one above, half weight
+        pytest.approx(-1.0),
+        None,
+        pytest.approx(-0.5),
+    ]
 
 
 def test_missing_rewards_are_counted_up_to_the_budget_and_stop_the_run_above_it():
