@@ -215,8 +215,19 @@ def _systems(config: CompareConfig, arms: Sequence[Arm]) -> Iterator[System]:
                 label=arm.label(iteration),
                 judged=rewarded(folder),
                 seconds=seconds,
-                facts={"arm": arm.step.name, "seed": arm.seed, "iteration": iteration},
+                facts={
+                    "arm": arm.step.name,
+                    "seed": arm.seed,
+                    "iteration": iteration,
+                    "commit": _commit_of(arm.config.run_dir),
+                },
             )
+
+
+def _commit_of(run_dir: Path) -> str:
+    """Return the commit that wrote the report of a run."""
+    result = json.loads((run_dir / "result.json").read_text())
+    return result["facts"]["commit"]
 
 
 class _Rewarded:
