@@ -153,6 +153,8 @@ class OnlineTrainingConfig(Config):
         for name, untouched in others.items():
             if name != self.method and getattr(self, name) != untouched:
                 raise ValueError(f"training.{name} is set, but training.method is {self.method}")
+        if self.online_dpo.loss.variant == "kto":
+            raise ValueError("kto learns from stored pairs: set training.method to dpo")
         if self.method == "online_dpo" and self.kl != KlConfig():
             raise ValueError("training.kl is of ppo and grpo; DPO's beta keeps to the reference")
         return self

@@ -11,8 +11,9 @@ from speechalign.config.training import EngineConfig, WorkersConfig
 class DpoLossConfig(Config):
     """The DPO loss and its anchor."""
 
-    variant: Literal["sigmoid", "cdpo", "robust", "ipo", "simpo"] = "sigmoid"
-    """cdpo and robust expect wrong labels (`label_smoothing`); simpo has no reference."""
+    variant: Literal["sigmoid", "cdpo", "robust", "ipo", "simpo", "kto"] = "sigmoid"
+    """cdpo and robust expect wrong labels (`label_smoothing`); simpo has no reference; kto does
+    not compare the answers of a pair with each other."""
     logprobs: Literal["summed", "length_normalised"] = "summed"
     """Of an answer: the sum over its tokens (Rafailov et al. 2023), or their mean."""
     beta: float = Field(default=0.1, gt=0)
@@ -20,6 +21,10 @@ class DpoLossConfig(Config):
     """The share of wrong labels: cdpo hedges against it, robust corrects for it."""
     target_margin: float = Field(default=0.0, ge=0)
     """SimPO's gamma, in units of beta times nats a token."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """KTO's, of the chosen answers."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """KTO's, of the rejected answers."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Of the anchor: the mean over pairs of the chosen answer's loss per token."""
 
@@ -32,6 +37,10 @@ class DpoLossConfig(Config):
             raise ValueError("target_margin is simpo's; remove it or set variant to simpo")
         if self.variant == "simpo" and self.logprobs != "length_normalised":
             raise ValueError("simpo compares means over tokens; set logprobs: length_normalised")
+        if self.variant == "kto" and self.logprobs != "summed":
+            raise ValueError("kto's reference point is a KL of whole answers; set logprobs: summed")
+        if self.variant != "kto" and (self.desirable_weight, self.undesirable_weight) != (1, 1):
+            raise ValueError("desirable_weight and undesirable_weight are kto's; remove them")
         return self
 
 

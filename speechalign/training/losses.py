@@ -5,11 +5,14 @@ cDPO     Mitchell 2023, "A note on DPO with noisy preferences", eq. 3
 robust   Chowdhury et al. 2024, "Provably robust DPO", eq. 12
 IPO      Azar et al. 2023, eq. 17
 SimPO    Meng et al. 2024, eq. 6
+KTO      Ethayarajh et al. 2024, eq. 8: each answer against the reference point z0 (`kl`), an
+         estimate of KL(policy || reference) from answers under other prompts' texts
 anchor   Pang et al. 2024 (RPO), eq. 3, with the loss per token of the chosen answer
 CoH      Liu et al. 2023, "Chain of Hindsight", eq. 1, one answer a row: both sides are learned,
          and what differs is the feedback in their prompts (policy.prompt_format)
 
-Left out: KTO, which needs the reference's log-probs of answers under other prompts.
+Left out: KTO on answers that are not of a pair (ours has as many good as bad ones, so its
+weights default to 1), APO.
 """
 
 import math
@@ -60,13 +63,17 @@ class PairLoss:
 
 
 def pair_loss(
-    policy: PairLogprobs, reference: PairLogprobs, config: PreferenceTrainingConfig
+    policy: PairLogprobs,
+    reference: PairLogprobs,
+    config: PreferenceTrainingConfig,
+    kl: float = 0.0,
 ) -> PairLoss:
     """Return the loss of each pair, by the method.
 
-    The implicit rewards are logged for every method; only DPO learns from them.
+    `kl` is KTO's reference point. The implicit rewards are logged for every method; only DPO
+    learns from them.
     """
-    dpo = dpo_loss(policy, reference, config.loss)
+    dpo = dpo_loss(policy, reference, config.loss, kl)
     match config.method:
         case "dpo":
             return dpo
@@ -79,13 +86,16 @@ def pair_loss(
             raise ConfigError("best_of_n trains nothing")
 
 
-def dpo_loss(policy: PairLogprobs, reference: PairLogprobs, config: DpoLossConfig) -> PairLoss:
+def dpo_loss(
+    policy: PairLogprobs, reference: PairLogprobs, config: DpoLossConfig, kl: float = 0.0
+) -> PairLoss:
     """Return the DPO loss of each pair.
 
     Args:
         policy: with gradients.
         reference: without.
         config: the variant, and whether answers count by the sum or the mean of their tokens.
+        kl: KTO's reference point; the others have none.
     """
     anchor_B = -policy.chosen_B / policy.chosen_tokens_B
     if config.logprobs == "length_normalised":
@@ -93,13 +103,32 @@ def dpo_loss(policy: PairLogprobs, reference: PairLogprobs, config: DpoLossConfi
     chosen_B = policy.chosen_B - reference.chosen_B
     rejected_B = policy.rejected_B - reference.rejected_B
     free_gap_B = policy.chosen_B - policy.rejected_B
+    loss_B = (
+        _kto(chosen_B, rejected_B, config, kl)
+        if config.variant == "kto"
+        else _by_variant(chosen_B - rejected_B, free_gap_B, config)
+    )
     return PairLoss(
-        loss_B=_by_variant(chosen_B - rejected_B, free_gap_B, config)
-        + config.sft_weight * anchor_B,
+        loss_B=loss_B + config.sft_weight * anchor_B,
         anchor_B=anchor_B,
         chosen_reward_B=config.beta * chosen_B.detach(),
         rejected_reward_B=config.beta * rejected_B.detach(),
     )
+
+
+def _kto(chosen_B: Tensor, rejected_B: Tensor, config: DpoLossConfig, kl: float) -> Tensor:
+    """Return the mean of what the good and the bad answer of each pair cost."""
+    good_B = config.desirable_weight * (1 - F.sigmoid(config.beta * (chosen_B - kl)))
+    bad_B = config.undesirable_weight * (1 - F.sigmoid(config.beta * (kl - rejected_B)))
+    return (good_B + bad_B) / 2
+
+
+def reference_point(differences: Tensor, count: Tensor) -> float:
+    """Return KTO's z0 of summed differences policy - reference and their number: never below 0.
+
+    The sums are over the mismatched answers of all ranks; a number has no gradient.
+    """
+    return max(0.0, float(differences / count.clamp(min=1)))
 
 
 def _by_variant(gap_B: Tensor, free_gap_B: Tensor, config: DpoLossConfig) -> Tensor:
@@ -117,6 +146,8 @@ def _by_variant(gap_B: Tensor, free_gap_B: Tensor, config: DpoLossConfig) -> Ten
             return (gap_B - 1 / (2 * beta)) ** 2
         case "simpo":
             return -F.logsigmoid(beta * free_gap_B - config.target_margin)
+        case "kto":
+            raise ConfigError("kto knows no gap between the answers of a pair")
 
 
 def loss_of_an_unmoved_policy(config: DpoLossConfig) -> float | None:
@@ -129,5 +160,7 @@ def loss_of_an_unmoved_policy(config: DpoLossConfig) -> float | None:
             return None
         case "ipo":
             return 1 / (2 * config.beta) ** 2
+        case "kto":
+            return (config.desirable_weight + config.undesirable_weight) / 4
         case "sigmoid" | "cdpo" | "robust":
             return math.log(2)

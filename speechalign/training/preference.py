@@ -35,9 +35,15 @@ from speechalign.training.losses import (
     PairLoss,
     loss_of_an_unmoved_policy,
     pair_loss,
+    reference_point,
 )
 from speechalign.training.metrics import MetricsWriter
-from speechalign.training.reference import cached_reference_logprobs, pair_logprobs
+from speechalign.training.reference import (
+    answer_sums,
+    cached_reference_logprobs,
+    mismatched,
+    pair_logprobs,
+)
 from speechalign.types import PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -145,6 +151,16 @@ class _PreferenceTrainer:
         self._reference = cached_reference_logprobs(
             paths.reference, pairs, paths.work / "reference", config.engine.precision
         )
+        self._mismatched: dict[str, PreferencePair] = {}
+        self._mismatched_reference: ReferenceLogprobs = {}
+        if config.loss.variant == "kto":
+            self._mismatched = {pair.pair_id: pair for pair in mismatched(pairs)}
+            self._mismatched_reference = cached_reference_logprobs(
+                paths.reference,
+                list(self._mismatched.values()),
+                paths.work / "reference-mismatched",
+                config.engine.precision,
+            )
         self._train, self._heldout = split_pairs(pairs, config.heldout_share, config.seed)
         lengths = [len(p.chosen_token_ids) + len(p.rejected_token_ids) for p in self._train]
         self._plan = BatchPlan(lengths, config.pairs_per_step, config.seed)
@@ -210,7 +226,7 @@ class _PreferenceTrainer:
         pairs = [self._train[index] for index in rows_of_rank(indices, rank, num_ranks)]
         policy = self._policy_logprobs(pairs)
         reference = self._reference_of(pairs, policy)
-        output = pair_loss(policy, reference, self._config)
+        output = pair_loss(policy, reference, self._config, self._reference_point(pairs))
         total, count = output.loss_B.sum(), torch.tensor(float(len(pairs)))
         if torch.isfinite(global_sum(total)):
             self._bad_updates = 0
@@ -245,7 +261,9 @@ class _PreferenceTrainer:
             weight = len(rows_of_rank(pairs, rank, num_ranks))  # 0: only keeps the ranks in step
             policy = self._policy_logprobs(mine)
             reference = self._reference_of(mine, policy)
-            values = _local_means(pair_loss(policy, reference, self._config), policy, reference)
+            kl = self._reference_point(mine[:weight])
+            output = pair_loss(policy, reference, self._config, kl)
+            values = _local_means(output, policy, reference)
             names = list(values)
             row = torch.tensor([*values.values(), 1.0], device=self._engine.device) * weight
             sums = row if sums is None else sums + row
@@ -271,6 +289,24 @@ class _PreferenceTrainer:
         tells_feedback = self._config.method == "coh"
         with self._engine.autocast():
             return pair_logprobs(self._engine.module, pairs, tells_feedback=tells_feedback)
+
+    @torch.no_grad()
+    def _reference_point(self, pairs: Sequence[PreferencePair]) -> float:
+        """Return KTO's z0 of the pairs of all ranks; every rank must call it."""
+        if not self._mismatched:
+            return 0.0
+        others = [self._mismatched[pair.pair_id] for pair in pairs]
+        rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
+        device = self._engine.device
+        sums = torch.zeros(2, device=device)
+        if rows:
+            with self._engine.autocast():
+                policy_B = answer_sums(self._engine.module, rows)
+            reference = [self._mismatched_reference[pair.pair_id][0] for pair in others]
+            differences_B = policy_B - torch.tensor(reference, device=device)
+            sums = torch.stack([differences_B.sum(), differences_B.new_tensor(float(len(rows)))])
+        total, count = global_sum(sums)
+        return reference_point(total, count)
 
     def _keep_if_best(self) -> None:
         best = self._early_stop.best

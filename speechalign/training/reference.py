@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -24,7 +25,7 @@ from speechalign.artifacts import (
     sha256_of,
     verify_folder,
 )
-from speechalign.errors import LogprobMismatch
+from speechalign.errors import ConfigError, LogprobMismatch
 from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import load_ar
 from speechalign.policy.logprobs import answer_logprobs
@@ -33,6 +34,8 @@ from speechalign.training.losses import PairLogprobs
 from speechalign.types import PreferencePair, Sample
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
+Answered: TypeAlias = tuple[Sequence[int], Sequence[int]]
+"""The token ids of a prompt and of an answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +115,36 @@ def pair_logprobs(
         chosen_tokens_B=tokens_B[:count],
         rejected_tokens_B=tokens_B[count:],
     )
+
+
+def mismatched(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """Return each pair with the chosen answer of the next one that has another prompt.
+
+    What KTO estimates its KL from (Ethayarajh et al. 2024, section 4.1). It depends on the table
+    alone: not on batches, not on ranks.
+
+    Raises:
+        ConfigError: all pairs have one prompt.
+    """
+    found: list[PreferencePair] = []
+    for index, pair in enumerate(pairs):
+        later = [*pairs[index + 1 :], *pairs[:index]]
+        answer = next((p.chosen_token_ids for p in later if _fits(p, pair)), None)
+        if answer is None:
+            raise ConfigError("kto needs pairs of at least two prompts to estimate its KL")
+        found.append(replace(pair, chosen_token_ids=answer))
+    return found
+
+
+def _fits(other: PreferencePair, pair: PreferencePair) -> bool:
+    is_elsewhere = other.prompt_id != pair.prompt_id
+    return is_elsewhere and other.chosen_token_ids != pair.rejected_token_ids
+
+
+def answer_sums(model: nn.Module, rows: Sequence[Answered]) -> torch.Tensor:
+    """Return the summed log-prob of each answer."""
+    batch = collate_answers(rows).to(next(model.parameters()).device)
+    return _forward(model, batch).sum(1)
 
 
 def _prompt(pair: PreferencePair, *, is_good: bool | None) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The same pairs through our collate, log-probs and loss, and through TRL's DPOTrainer."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,8 @@ from speechalign.config.policy import ArConfig
 from speechalign.config.preference_training import DpoLossConfig, PreferenceTrainingConfig
 from speechalign.policy.ar import build_ar
 from speechalign.policy.vocabulary import Vocabulary
-from speechalign.training.losses import dpo_loss, pair_loss
-from speechalign.training.reference import pair_logprobs
+from speechalign.training.losses import dpo_loss, pair_loss, reference_point
+from speechalign.training.reference import answer_sums, mismatched, pair_logprobs
 from speechalign.types import PairKind, PreferencePair
 
 trl = pytest.importorskip("trl")
@@ -51,24 +52,28 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     return policy.eval(), build_ar(CONFIG, VOCABULARY).eval()
 
 
+def a_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, VOCABULARY.size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="2")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+
+
 def trl_loss(
     loss_type: str, folder: Path, pairs: list[PreferencePair], label_smoothing: float = 0.0
 ) -> float:
     from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
 
     class Pretokenised(trl.DPOTrainer):
         def _prepare_dataset(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:
             return dataset
 
-    words = {"<pad>": 0, "<eos>": 1} | {str(i): i for i in range(2, VOCABULARY.size)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="2")),
-        pad_token="<pad>",
-        eos_token="<eos>",
-    )
     rows = [
         {
             "prompt_ids": list(pair.prompt_token_ids),
@@ -94,7 +99,7 @@ def trl_loss(
         ref_model=reference,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=a_tokenizer(),
     )
     batch = trainer.data_collator(rows)
     with torch.no_grad():
@@ -160,3 +165,63 @@ def test_our_conservative_loss_is_trls_smoothed_one(tmp_path: Path):
             sides = pair_logprobs(policy, [pair]), pair_logprobs(reference, [pair])
             ours = float(dpo_loss(*sides, config).loss_B.mean())
         assert trl_loss("aot", tmp_path, [pair], 0.2) == pytest.approx(ours, rel=1e-5)
+
+
+def trl_kto(
+    folder: Path, pairs: list[PreferencePair], others: list[PreferencePair], config: DpoLossConfig
+) -> float:
+    from datasets import Dataset
+
+    class Pretokenised(trl.KTOTrainer):
+        def _prepare_dataset(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:
+            return dataset
+
+    rows = [
+        {
+            "prompt_ids": list(pair.prompt_token_ids),
+            "completion_ids": list(answer),
+            "KL_completion_ids": list(other.chosen_token_ids),
+            "label": is_good,
+        }
+        for pair, other in zip(pairs, others, strict=True)
+        for answer, is_good in ((pair.chosen_token_ids, True), (pair.rejected_token_ids, False))
+    ]
+    policy, reference = models()
+    arguments = trl.KTOConfig(
+        output_dir=str(folder),
+        beta=config.beta,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=len(rows),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+    )
+    trainer = Pretokenised(
+        model=policy,
+        ref_model=reference,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=a_tokenizer(),
+    )
+    batch = trainer.data_collator(rows)
+    with torch.no_grad():
+        return float(trainer.compute_loss(trainer.model.eval(), batch))
+
+
+def test_our_kto_is_trls(tmp_path: Path):
+    # TRL's terms of KTO are inside its trainer's step: its collator and step get our rows
+    policy, reference = models()
+    config = DpoLossConfig(beta=BETA, variant="kto", desirable_weight=1.5, undesirable_weight=0.5)
+    pairs = [replace(pair, prompt_id=f"p{i}") for i, pair in enumerate(PAIRS)]
+    others = mismatched(pairs)
+    with torch.no_grad():
+        rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
+        differences = answer_sums(policy, rows) - answer_sums(reference, rows)
+        kl = reference_point(differences.sum(), torch.tensor(len(rows)))
+        sides = pair_logprobs(policy, pairs), pair_logprobs(reference, pairs)
+        ours = float(dpo_loss(*sides, config, kl).loss_B.mean())
+    assert kl > 0
+    assert trl_kto(tmp_path, pairs, others, config) == pytest.approx(ours, rel=1e-5)

@@ -46,6 +46,18 @@ def test_fine_tuning_on_the_chosen_makes_them_likelier(stack: TinyStack, tmp_pat
     assert looks[-1]["heldout_chosen_drop"] < 0
 
 
+def test_kto_starts_where_an_unmoved_policy_is_and_learns(stack: TinyStack, tmp_path: Path):
+    values = a_recipe(stack, tmp_path / "run", "dpo").model_dump(mode="json")
+    values["training"]["loss"] |= {"variant": "kto"}
+    config = AlignConfig.model_validate(values)
+    run_align(config, until="policy")
+    folder = config.run_dir / "iteration-1"
+    rows = read_metrics(folder / "policy-work" / "metrics.jsonl")
+    looks = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
+    assert looks[0] == pytest.approx(0.5, abs=1e-5)
+    assert min(looks) < looks[0]
+
+
 def test_chain_of_hindsight_makes_a_policy_that_knows_feedback(stack: TinyStack, tmp_path: Path):
     config = a_recipe(stack, tmp_path / "run", "coh")
     run_align(config, until="policy")

@@ -1,13 +1,19 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from speechalign.config.policy import ArConfig
+from speechalign.errors import ConfigError
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.training.preference import split_pairs
-from speechalign.training.reference import cached_reference_logprobs, pair_logprobs
+from speechalign.training.reference import (
+    cached_reference_logprobs,
+    mismatched,
+    pair_logprobs,
+)
 from speechalign.types import PairKind, PreferencePair
 
 VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
@@ -54,3 +60,19 @@ def test_the_pairs_of_a_heldout_prompt_are_never_trained_on():
     train, heldout = split_pairs(pairs, 0.0001, 0)
     assert {pair.prompt_id for pair in heldout} == {"p2"}
     assert {pair.prompt_id for pair in train} == {"p0", "p1"}
+
+
+def test_a_mismatched_answer_is_of_the_next_pair_with_another_prompt():
+    chosen = {"p0": (8, 1), "p1": (9, 1), "p2": (10, 1)}
+    pairs = [
+        replace(a_pair(prompt, rank), chosen_token_ids=chosen[prompt])
+        for prompt, rank in (("p0", 0), ("p0", 1), ("p1", 0), ("p2", 0))
+    ]
+    found = mismatched(pairs)
+    assert [pair.pair_id for pair in found] == [pair.pair_id for pair in pairs]
+    assert [pair.chosen_token_ids for pair in found] == [(9, 1), (9, 1), (10, 1), (8, 1)]
+
+
+def test_one_prompt_alone_has_no_mismatched_answer():
+    with pytest.raises(ConfigError, match="at least two prompts"):
+        mismatched([a_pair("p0", 0), a_pair("p0", 1)])

@@ -10,6 +10,7 @@ from speechalign.training.losses import (
     dpo_loss,
     loss_of_an_unmoved_policy,
     pair_loss,
+    reference_point,
 )
 
 
@@ -46,6 +47,37 @@ def test_the_robust_loss_by_hand():
     config = DpoLossConfig(variant="robust", beta=0.5, label_smoothing=0.1)
     expected = (0.9 * math.log1p(math.exp(-1.5)) - 0.1 * math.log1p(math.exp(1.5))) / 0.8
     assert dpo_loss(POLICY, REFERENCE, config).loss_B.item() == pytest.approx(expected)
+
+
+def test_the_kto_loss_by_hand():
+    config = DpoLossConfig(variant="kto", beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
+    # the chosen answer gained 1 nat, the rejected lost 2; the reference point is 0.4
+    good = 2 * (1 - 1 / (1 + math.exp(-0.5 * (1 - 0.4))))
+    bad = 3 * (1 - 1 / (1 + math.exp(-0.5 * (0.4 + 2))))
+    loss = dpo_loss(POLICY, REFERENCE, config, kl=0.4).loss_B.item()
+    assert loss == pytest.approx((good + bad) / 2)
+    unmoved = dpo_loss(POLICY, POLICY, config).loss_B.item()
+    assert unmoved == pytest.approx(1.25) == loss_of_an_unmoved_policy(config)
+
+
+def test_the_reference_point_is_a_mean_and_never_below_zero():
+    assert reference_point(torch.tensor(3.0), torch.tensor(4.0)) == 0.75
+    assert reference_point(torch.tensor(-3.0), torch.tensor(4.0)) == 0.0
+    assert reference_point(torch.tensor(0.0), torch.tensor(0.0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variant": "kto", "logprobs": "length_normalised"}, "set logprobs: summed"),
+        ({"desirable_weight": 2.0}, "are kto's"),
+    ],
+)
+def test_settings_of_kto_that_would_be_ignored_are_refused(
+    changes: dict[str, object], message: str
+):
+    with pytest.raises(ValidationError, match=message):
+        DpoLossConfig.model_validate(changes)
 
 
 def test_the_simpo_loss_by_hand_knows_no_reference():
