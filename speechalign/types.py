@@ -76,6 +76,18 @@ class Clip:
     """How long the person took for the same text; 0 when nobody was recorded."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenAnswer:
+    """A sample that was not rendered, as a reward that reads tokens gets it."""
+
+    sample_id: str
+    text: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """The stop token included, unless it is truncated."""
+    is_truncated: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A judgement that succeeded."""

@@ -94,6 +94,15 @@ class AlignConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_measure_has_one_judge(self) -> "AlignConfig":
+        for judges in (self.judges, self.evaluation.judges):
+            names = [name for judge in judges for name in judge_measures(judge)]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"two judges measure {', '.join(twice)}; give one another name")
+        return self
+
+    @model_validator(mode="after")
     def _who_needs_a_reward_has_one(self) -> "AlignConfig":
         paired = self.training.method in ("dpo", "sft", "coh")
         golden_only = self.pairing.kinds == (PairKind.GOLDEN,)

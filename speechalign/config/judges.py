@@ -1,7 +1,7 @@
 """Which models listen, and how the rewards are made of what they say."""
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, assert_never
+from typing import Annotated, Any, Literal, TypeAlias, assert_never
 
 from pydantic import Field
 
@@ -68,10 +68,48 @@ class RewardModelJudgeConfig(JudgeBase):
     """A folder of `speechalign reward-model`."""
 
 
+MEASURE_PATTERN = r"^[a-z][a-z0-9_]*$"
+
+
+class PythonJudgeConfig(JudgeBase):
+    """A user's own reward, in Python: `<name>` (see speechalign.judges.user_code)."""
+
+    kind: Literal["python"] = "python"
+    name: str = Field(pattern=MEASURE_PATTERN)
+    target: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`package.module:Class`; each actor creates one with `arguments`."""
+    arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
+    reads: Literal["sound", "tokens"] = "sound"
+    """What it is given: types.Clip, or types.TokenAnswer without anything being rendered."""
+
+
+class HttpJudgeConfig(JudgeBase):
+    """A reward behind an address: `<name>` (see speechalign.judges.http)."""
+
+    kind: Literal["http"] = "http"
+    name: str = Field(pattern=MEASURE_PATTERN)
+    url: str = Field(pattern=r"^https?://")
+    batch_size: int = Field(default=8, gt=0)
+    """Samples a request."""
+    timeout_s: float = Field(default=30.0, gt=0)
+    max_retries: int = Field(default=3, ge=0)
+    """Of a request that was not answered, or with 429 or 5xx."""
+    backoff_s: float = Field(default=1.0, ge=0)
+    """Before the first retry; it doubles each time."""
+    token_env: str | None = None
+    """The environment variable with the bearer token; its value is in no file of the run."""
+
+
 ListenerConfig: TypeAlias = (
-    RecogniserConfig | SpeakerConfig | DistillMosConfig | DnsMosConfig | SignalConfig
+    RecogniserConfig
+    | SpeakerConfig
+    | DistillMosConfig
+    | DnsMosConfig
+    | SignalConfig
+    | PythonJudgeConfig
+    | HttpJudgeConfig
 )
-"""Judges that listen."""
+"""Judges that listen, or can."""
 JudgeConfig: TypeAlias = Annotated[
     ListenerConfig | RewardModelJudgeConfig, Field(discriminator="kind")
 ]
@@ -83,11 +121,15 @@ TRUNCATED = "truncated"
 
 def listens(config: JudgeConfig) -> bool:
     """Whether a judge needs the sound; others read the tokens."""
+    if isinstance(config, PythonJudgeConfig):
+        return config.reads == "sound"
     return not isinstance(config, RewardModelJudgeConfig)
 
 
 def judge_name(config: JudgeConfig) -> str:
     """Return the name of the judge without loading its model."""
+    if isinstance(config, PythonJudgeConfig | HttpJudgeConfig):
+        return config.name
     return f"{config.role}_recogniser" if isinstance(config, RecogniserConfig) else config.kind
 
 
@@ -103,6 +145,8 @@ def judge_measures(config: JudgeConfig) -> tuple[str, ...]:
             return ("speaker_similarity",)
         case SignalConfig():
             return ("duration_ratio", "silence_ratio")
+        case PythonJudgeConfig() | HttpJudgeConfig():
+            return (config.name,)
         case DistillMosConfig() | DnsMosConfig() | RewardModelJudgeConfig():
             return (config.kind,)
         case _:

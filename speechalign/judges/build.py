@@ -5,7 +5,9 @@ from typing import assert_never
 from speechalign.config.judges import (
     DistillMosConfig,
     DnsMosConfig,
+    HttpJudgeConfig,
     ListenerConfig,
+    PythonJudgeConfig,
     RecogniserConfig,
     SignalConfig,
     SpeakerConfig,
@@ -13,7 +15,7 @@ from speechalign.config.judges import (
 from speechalign.judges.base import Judge
 
 
-def build_judge(config: ListenerConfig) -> Judge:
+def build_judge(config: ListenerConfig) -> Judge:  # noqa: PLR0911 - one a judge
     """Return the judge that a config names; its model is loaded here, in the actor.
 
     Raises:
@@ -40,5 +42,13 @@ def build_judge(config: ListenerConfig) -> Judge:
             from speechalign.judges.signal import Signal
 
             return Signal(config)
+        case PythonJudgeConfig():
+            from speechalign.judges.user_code import UserJudge
+
+            return UserJudge(config)
+        case HttpJudgeConfig():
+            from speechalign.judges.http import HttpJudge
+
+            return HttpJudge(config)
         case _:
             assert_never(config)

@@ -11,9 +11,16 @@ import soundfile as sf
 from speechalign.artifacts import verify_folder
 from speechalign.codec.build import build_codec
 from speechalign.config.align import AlignConfig
-from speechalign.config.judges import RecogniserConfig, RewardModelJudgeConfig
+from speechalign.config.judges import (
+    HttpJudgeConfig,
+    PythonJudgeConfig,
+    RecogniserConfig,
+    RewardModelJudgeConfig,
+)
 from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.errors import ConfigError, DataError
+from speechalign.judges.http import check_token
+from speechalign.judges.user_code import load_user_class
 from speechalign.judges.whisper import model_folder
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.sample import speaking_stages
@@ -36,6 +43,10 @@ def check_run(config: AlignConfig) -> None:
     for judge in (*config.judges, *config.evaluation.judges):
         if isinstance(judge, RecogniserConfig):
             model_folder(judge.model)
+        if isinstance(judge, PythonJudgeConfig):
+            load_user_class(judge)
+        if isinstance(judge, HttpJudgeConfig):
+            check_token(judge)
         if isinstance(judge, RewardModelJudgeConfig):
             _check_reward_model(judge.path, build_codec(config.codec).fingerprint)
     if isinstance(config.training, OnlineTrainingConfig) and config.training.ppo.critic:

@@ -9,6 +9,7 @@ from speechalign.artifacts import committed_folder, is_committed, manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.config.judges import (
     JudgeConfig,
+    PythonJudgeConfig,
     RewardModelJudgeConfig,
     judge_name,
     listens,
@@ -17,6 +18,7 @@ from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
 from speechalign.rewards.stage import JudgeStage
+from speechalign.rewards.user_tokens import UserTokenStage
 from speechalign.sampling.pipeline import (
     SCORED,
     Stage,
@@ -118,10 +120,12 @@ def listening_stages(
 
 
 def _judging(judge: JudgeConfig) -> Stage:
-    stage: type[JudgeStage | RewardModelStage] = JudgeStage
+    stage: type[JudgeStage | RewardModelStage | UserTokenStage] = JudgeStage
     if isinstance(judge, RewardModelJudgeConfig):
         judge = judge.model_copy(update={"path": judge.path.resolve()})
         stage = RewardModelStage
+    elif isinstance(judge, PythonJudgeConfig) and judge.reads == "tokens":
+        stage = UserTokenStage
     return Stage(name=judge_name(judge), stage=stage, arguments={"config": judge}, pool=judge.pool)
 
 

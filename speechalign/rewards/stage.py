@@ -1,6 +1,7 @@
 """The Ray Data face of a judge: rendered rows in, the same rows with its measures out."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow as pa
 from speechalign.config.judges import ListenerConfig
 from speechalign.judges.base import Judge
 from speechalign.judges.build import build_judge
-from speechalign.rows import clip_from_row
+from speechalign.rows import RENDERED, clip_from_row
 from speechalign.types import Unmeasured
 
 CLIP_COLUMNS = [
@@ -38,22 +39,25 @@ class JudgeStage:
         started_s = time.perf_counter()
         rows = batch.select(CLIP_COLUMNS).to_pylist()
         judgements = self._judge.judge([clip_from_row(row) for row in rows])
-        before_errors: list[Any] = batch["judge_errors"].to_pylist()
-        errors = [
-            _joined(before, judgement.reason) if isinstance(judgement, Unmeasured) else before
-            for before, judgement in zip(before_errors, judgements, strict=True)
-        ]
         columns = dict.fromkeys(self._judge.measures, pa.float32())
         columns |= dict.fromkeys(self._judge.remarks, pa.string())
         for name, kind in columns.items():
             values = [None if isinstance(j, Unmeasured) else j[name] for j in judgements]
             batch = batch.append_column(name, pa.array(values, kind))
-        index = batch.schema.get_field_index("judge_errors")
-        batch = batch.set_column(index, batch.schema.field(index), pa.array(errors, pa.string()))
+        reasons = [j.reason if isinstance(j, Unmeasured) else "" for j in judgements]
+        batch = with_errors(batch, reasons)
         share_s = (time.perf_counter() - started_s) / max(1, len(rows))
         seconds = pa.array([share_s] * len(rows), pa.float32())
         return batch.append_column(f"{self._judge.name}_seconds", seconds)
 
 
-def _joined(before: str, reason: str) -> str:
-    return f"{before}; {reason}" if before else reason
+def with_errors(batch: pa.Table, reasons: Sequence[str]) -> pa.Table:
+    """Add reasons, empty ones aside, to `judge_errors`; only a rendered batch has it before."""
+    name = "judge_errors"
+    index = batch.schema.get_field_index(name)
+    before: list[Any] = batch[name].to_pylist() if index >= 0 else [""] * batch.num_rows
+    both = zip(before, reasons, strict=True)
+    joined = pa.array(["; ".join(part for part in parts if part) for parts in both], pa.string())
+    if index < 0:
+        return batch.append_column(RENDERED.field(name), joined)
+    return batch.set_column(index, batch.schema.field(index), joined)

@@ -228,7 +228,7 @@ class _Tally:
         for name in batch.column_names:
             if name.endswith(SECONDS):
                 self.seconds[name] += _sum(batch[name])
-        if "judge_errors" in batch.column_names:
+        if "waveform_pcm" in batch.column_names:
             batch = self._hold_back(batch)
             lengths: Any = pc.binary_length(batch["waveform_pcm"])
             self.counts["empty"] += _sum(pc.equal(lengths, pa.scalar(0, lengths.type)))

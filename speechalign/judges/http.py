@@ -1,0 +1,116 @@
+"""A reward behind an HTTP address.
+
+    POST url   {"samples": [{"id", "text", "audio_wav_base64", "sample_rate_hz"}, ...]}
+    answer     {"rewards": [0.5, null, ...]}     a number for each sample, null: not judged
+
+A request that is not answered in time, or with 429 or 5xx, is sent again, a bounded number of
+times, ever later; then its samples have no reward, with the reason. So it is with an answer that
+cannot be read. Nothing becomes a zero.
+"""
+
+import base64
+import io
+import math
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import soundfile as sf
+
+from speechalign.config.judges import HttpJudgeConfig
+from speechalign.errors import ConfigError
+from speechalign.judges.base import Judgement
+from speechalign.types import Clip, Unmeasured
+
+TOO_MANY_REQUESTS = 429
+SERVER_ERROR = 500
+
+
+def check_token(config: HttpJudgeConfig) -> None:
+    """Refuse a token that is not there.
+
+    Raises:
+        ConfigError: the environment variable is not set.
+    """
+    if config.token_env and not os.environ.get(config.token_env):
+        raise ConfigError(
+            f"judge {config.name!r}: the environment variable {config.token_env} is not set; set "
+            "it to the token, on every node"
+        )
+
+
+class HttpJudge:
+    """A judge that sends clips away."""
+
+    remarks: tuple[str, ...] = ()
+
+    def __init__(self, config: HttpJudgeConfig) -> None:
+        check_token(config)
+        self._config = config
+        self.name = config.name
+        self.measures = (config.name,)
+        headers: dict[str, str] = {}
+        if config.token_env:
+            headers["Authorization"] = f"Bearer {os.environ[config.token_env]}"
+        self._client = httpx.Client(timeout=config.timeout_s, headers=headers)
+
+    def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
+        """Return one judgement a clip."""
+        size = self._config.batch_size
+        return [
+            judgement
+            for first in range(0, len(clips), size)
+            for judgement in self._judge(clips[first : first + size])
+        ]
+
+    def _judge(self, clips: Sequence[Clip]) -> list[Judgement]:
+        body = {"samples": [_sample(clip) for clip in clips]}
+        answer = self._ask(body)
+        if isinstance(answer, str):
+            return [Unmeasured(f"{self.name}: {answer}")] * len(clips)
+        try:
+            rewards = answer.json()["rewards"]
+            count = len(rewards)
+        except (ValueError, KeyError, TypeError):
+            reason = f'{self.name}: the answer is not {{"rewards": [...]}}'
+            return [Unmeasured(reason)] * len(clips)
+        if count != len(clips):
+            reason = f"{self.name}: {count} rewards for {len(clips)} samples"
+            return [Unmeasured(reason)] * len(clips)
+        return [self._judgement(reward) for reward in rewards]
+
+    def _judgement(self, reward: Any) -> Judgement:
+        if isinstance(reward, int | float) and math.isfinite(reward):
+            return {self.name: float(reward)}
+        return Unmeasured(f"{self.name}: it was not judged")
+
+    def _ask(self, body: Any) -> httpx.Response | str:
+        """Return the answer, or why there is none."""
+        reason = ""
+        for attempt in range(self._config.max_retries + 1):
+            if attempt:
+                time.sleep(self._config.backoff_s * 2 ** (attempt - 1))
+            try:
+                answer = self._client.post(self._config.url, json=body)
+            except httpx.TransportError as error:
+                reason = f"{type(error).__name__} {error}".strip()
+                continue
+            if answer.is_success:
+                return answer
+            reason = f"HTTP {answer.status_code}"
+            if answer.status_code != TOO_MANY_REQUESTS and answer.status_code < SERVER_ERROR:
+                break
+        return reason
+
+
+def _sample(clip: Clip) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    sf.write(buffer, clip.waveform_N, clip.sample_rate_hz, format="WAV", subtype="PCM_16")
+    return {
+        "id": clip.sample_id,
+        "text": clip.text,
+        "audio_wav_base64": base64.b64encode(buffer.getvalue()).decode(),
+        "sample_rate_hz": clip.sample_rate_hz,
+    }
