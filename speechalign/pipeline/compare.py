@@ -32,7 +32,7 @@ from speechalign.evaluation.comparison import (
     comparison_rows,
 )
 from speechalign.evaluation.plots import systems_compared
-from speechalign.evaluation.summary import markdown_rows
+from speechalign.evaluation.summary import METRICS, markdown_rows
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.report import machine_facts
@@ -285,7 +285,13 @@ def _without(config: AlignConfig, ignored: Sequence[str]) -> dict[str, Any]:
 
 
 def _plot(compared: Sequence[Compared]) -> str:
-    found = [(one.summary.name, one.summary.estimates.get("wer")) for one in compared]
+    """Return the WER of all systems, or the first metric that the start has."""
+    start = compared[0].summary.estimates
+    metric = next(metric for metric in METRICS if metric.key in start)
+    found = [(one.summary.name, one.summary.estimates.get(metric.key)) for one in compared]
     known = [(name, estimate) for name, estimate in found if estimate is not None]
-    values = [(100 * e.value, 100 * e.low, 100 * e.high) for _, e in known]
-    return systems_compared([name for name, _ in known], values, "WER %")
+    values = [(e.value, e.low, e.high) for _, e in known]
+    scaled = [
+        (metric.scale * v, metric.scale * low, metric.scale * high) for v, low, high in values
+    ]
+    return systems_compared([name for name, _ in known], scaled, metric.label)
