@@ -14,6 +14,7 @@ from speechalign.config.judges import (
     judge_name,
     listens,
 )
+from speechalign.errors import DataError
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
@@ -32,7 +33,11 @@ TRAIN, HELDOUT, QUARANTINE = "train.parquet", "heldout.parquet", "quarantine.par
 
 
 def write_prompts(config: AlignConfig, folder: Path) -> None:
-    """Choose the prompts of training and evaluation, once for all iterations."""
+    """Choose the prompts of training and evaluation, once for all iterations.
+
+    Raises:
+        DataError: there are too few recordings for so many prompts.
+    """
     golden = pq.read_table(config.golden)
     evaluation = config.evaluation
     turns = config.pipeline.iterations if config.pipeline.prompts == "fresh" else 1
@@ -45,11 +50,25 @@ def write_prompts(config: AlignConfig, folder: Path) -> None:
     dropped: list[pa.Table] = []
     with committed_folder(folder, {"kind": "prompts"}) as partial:
         for file, (prompts_config, seed) in chosen.items():
-            prompts = build_prompts(golden, prompts_config, seed=seed)
+            try:
+                prompts = build_prompts(golden, prompts_config, seed=seed)
+            except DataError as error:
+                raise DataError(f"{file}: {error}{_why_so_many(file, config)}") from None
             admitted = admit_prompts(prompts, vocabulary, facts, max_prompt_tokens=room)
             pq.write_table(admitted.prompts, partial / file)
             dropped.append(admitted.quarantine)
         pq.write_table(pa.concat_tables(dropped), partial / QUARANTINE)
+
+
+def _why_so_many(file: str, config: AlignConfig) -> str:
+    """Return what a person must know who asked for fewer prompts than were looked for."""
+    turns, size = config.pipeline.iterations, config.prompts.num_prompts
+    if file != TRAIN or turns == 1 or config.pipeline.prompts == "same":
+        return ""
+    return (
+        f". {turns} iterations want {size} other prompts each; set pipeline.prompts to same for "
+        "the same ones again"
+    )
 
 
 def write_samples(config: AlignConfig, iteration: int, policy: Path, folder: Path) -> None:

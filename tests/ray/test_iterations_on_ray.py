@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"), num_clips=72)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,15 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
 from speechalign.config.policy import ArConfig
 from speechalign.config.sampling import SamplingConfig, TransformersConfig
+from speechalign.errors import DataError
+from speechalign.pipeline.sample import training_prompts, write_prompts
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.vocabulary import GOOD_ID, Vocabulary
 from speechalign.rows import prompts_to_table
 from speechalign.sampling.stages import SampleStage
 from speechalign.types import Prompt
+from tests.tiny_stack import build_tiny_stack, tiny_recipe
 
 CODEC = "0" * 16
 
@@ -79,3 +83,25 @@ def test_temperatures_are_dealt_out_in_turn_and_kept_with_the_sample(tmp_path: P
     warm = SamplingConfig(samples_per_prompt=5, max_new_tokens=8)
     alone = token_ids(sampled(tmp_path / "warm", 0, warm))
     assert alone[::2] == ids[::2]  # the seeds are those of the index
+
+
+def test_fresh_prompts_are_others_in_every_iteration_and_the_same_ones_stay(tmp_path: Path):
+    stack = build_tiny_stack(tmp_path / "stack", num_clips=72)
+    asked: dict[str, list[set[str]]] = {}
+    for prompts in ("fresh", "same"):
+        pipeline = {"iterations": 3, "prompts": prompts}
+        config = tiny_recipe(stack, tmp_path / prompts, pipeline=pipeline)
+        write_prompts(config, config.run_dir / "prompts")
+        tables = [training_prompts(config, number) for number in (1, 2, 3)]
+        asked[prompts] = [set(map(str, table["prompt_id"].to_pylist())) for table in tables]
+    fresh, same = asked["fresh"], asked["same"]
+    assert [len(ids) for ids in fresh] == [12, 12, 12]
+    assert len(fresh[0] | fresh[1] | fresh[2]) == 36
+    assert same[0] == same[1] == same[2] == fresh[0]
+
+
+def test_too_few_recordings_for_fresh_prompts_say_how_to_do_with_fewer(tmp_path: Path):
+    stack = build_tiny_stack(tmp_path / "stack")
+    config = tiny_recipe(stack, tmp_path / "run", pipeline={"iterations": 3})
+    with pytest.raises(DataError, match="3 iterations want 12 other prompts each"):
+        write_prompts(config, config.run_dir / "prompts")
