@@ -49,14 +49,15 @@ def a_config(method: str, **changes: Any) -> OnlineTrainingConfig:
 
 @contextmanager
 def a_process_group(rank: int = 0, num_ranks: int = 1, store: str = "") -> Iterator[None]:
+    """Be in a group; that of a process stays, because DeepSpeed holds on to the first it meets."""
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
-    if dist.is_initialized():  # an earlier test's trainer left its group behind
-        dist.destroy_process_group()
-    path = store or str(Path(tempfile.mkdtemp()) / "store")
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks)
-    try:
-        yield
-    finally:
+    if not dist.is_initialized():
+        path = store or str(Path(tempfile.mkdtemp()) / "store")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{path}", rank=rank, world_size=num_ranks
+        )
+    yield
+    if num_ranks > 1:
         dist.destroy_process_group()
 
 
