@@ -1,5 +1,6 @@
 """Rewards as a user would write them; named by import path in tests."""
 
+import zlib
 from collections.abc import Sequence
 
 from speechalign.types import Clip, TokenAnswer
@@ -48,6 +49,53 @@ class TooFew:
 
     def __call__(self, samples: Sequence[TokenAnswer]) -> list[float]:
         return [1.0] * (len(samples) - 1)
+
+
+class Wordy:
+    """Values of other types."""
+
+    def __call__(self, samples: Sequence[TokenAnswer]) -> Sequence[object]:
+        return ["high", [1.0], 10**400, True][: len(samples)]
+
+
+class Forgetful:
+    """Has no return."""
+
+    def __call__(self, samples: Sequence[TokenAnswer]) -> None:
+        pass
+
+
+class NotCallable:
+    """Has no __call__."""
+
+
+class Broken:
+    """Cannot be created."""
+
+    def __init__(self) -> None:
+        raise OSError("no model here")
+
+    def __call__(self, samples: Sequence[TokenAnswer]) -> list[float]:
+        return [1.0] * len(samples)
+
+
+def is_one_of_ten(sample_id: str) -> bool:
+    """Whether a sample is of the tenth that `FailsForATenth` cannot judge."""
+    return zlib.crc32(sample_id.encode()) % 10 == 0
+
+
+class FailsForATenth:
+    """Reads sound; raises where one of ten samples is in the batch."""
+
+    def __call__(self, samples: Sequence[Clip]) -> list[float]:
+        for clip in samples:
+            if is_one_of_ten(clip.sample_id):
+                raise RuntimeError(f"I cannot hear {clip.sample_id}")
+        return [len(clip.waveform_N) / clip.sample_rate_hz for clip in samples]
+
+
+def a_function(samples: Sequence[TokenAnswer]) -> list[float]:
+    return [1.0] * len(samples)
 
 
 not_callable = 3

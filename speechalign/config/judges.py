@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, assert_never
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat, model_validator
 
 from speechalign.config.base import Config
 from speechalign.config.sampling import PoolConfig
@@ -92,6 +92,7 @@ class HttpJudgeConfig(JudgeBase):
     batch_size: int = Field(default=8, gt=0)
     """Samples a request."""
     timeout_s: float = Field(default=30.0, gt=0)
+    """To connect, and between two pieces of an answer."""
     max_retries: int = Field(default=3, ge=0)
     """Of a request that was not answered, or with 429 or 5xx."""
     backoff_s: float = Field(default=1.0, ge=0)
@@ -158,14 +159,23 @@ class RewardTermConfig(Config):
 
     measure: str
     """A column that some judge writes, e.g. `reward_wer`."""
-    weight: float
+    weight: FiniteFloat
     """Negative for a measure of which less is better."""
-    target: float | None = None
+    target: FiniteFloat | None = None
     """The term is then the distance to it: `duration_ratio` 1 with a negative weight."""
-    lowest: float | None = None
-    """Smaller values count as this."""
-    highest: float | None = None
+    lowest: FiniteFloat | None = None
+    """Smaller values (distances, where there is a target) count as this."""
+    highest: FiniteFloat | None = None
     """Larger values count as this: a word error rate above 1 is no worse than 1."""
+
+    @model_validator(mode="after")
+    def _values_can_differ(self) -> "RewardTermConfig":
+        if self.lowest is not None and self.highest is not None and self.lowest >= self.highest:
+            raise ValueError(
+                f"lowest {self.lowest:g} is not below highest {self.highest:g}: every value of "
+                f"{self.measure} would count the same"
+            )
+        return self
 
 
 class RewardConfig(Config):

@@ -5,7 +5,8 @@
 
 A request that is not answered in time, or with 429 or 5xx, is sent again, a bounded number of
 times, ever later; then its samples have no reward, with the reason. So it is with an answer that
-cannot be read. Nothing becomes a zero.
+cannot be read. Nothing becomes a zero. The audio is mono 16-bit WAV; one without frames is a
+sample that says nothing.
 """
 
 import base64
@@ -26,19 +27,33 @@ from speechalign.types import Clip, Unmeasured
 
 TOO_MANY_REQUESTS = 429
 SERVER_ERROR = 500
+LONGEST_VALUE = 80
+"""Characters of a wrong value that a reason quotes."""
 
 
-def check_token(config: HttpJudgeConfig) -> None:
-    """Refuse a token that is not there.
+def headers_of(config: HttpJudgeConfig) -> dict[str, str]:
+    """Return the headers of every request: the bearer token, if there is one.
+
+    No message of this function, or of what is sent later, has the token in it: httpx quotes
+    headers that it refuses, so what it would refuse is refused here.
 
     Raises:
-        ConfigError: the environment variable is not set.
+        ConfigError: the environment variable is not set, or holds what no header can.
     """
-    if config.token_env and not os.environ.get(config.token_env):
+    if not config.token_env:
+        return {}
+    token = os.environ.get(config.token_env, "").strip()
+    if not token:
         raise ConfigError(
             f"judge {config.name!r}: the environment variable {config.token_env} is not set; set "
             "it to the token, on every node"
         )
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError(
+            f"judge {config.name!r}: the token in {config.token_env} has characters that cannot "
+            "be sent; a bearer token is one line of ASCII"
+        )
+    return {"Authorization": f"Bearer {token}"}
 
 
 class HttpJudge:
@@ -47,14 +62,10 @@ class HttpJudge:
     remarks: tuple[str, ...] = ()
 
     def __init__(self, config: HttpJudgeConfig) -> None:
-        check_token(config)
         self._config = config
         self.name = config.name
         self.measures = (config.name,)
-        headers: dict[str, str] = {}
-        if config.token_env:
-            headers["Authorization"] = f"Bearer {os.environ[config.token_env]}"
-        self._client = httpx.Client(timeout=config.timeout_s, headers=headers)
+        self._client = httpx.Client(timeout=config.timeout_s, headers=headers_of(config))
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         """Return one judgement a clip."""
@@ -70,21 +81,21 @@ class HttpJudge:
         answer = self._ask(body)
         if isinstance(answer, str):
             return [Unmeasured(f"{self.name}: {answer}")] * len(clips)
-        try:
-            rewards = answer.json()["rewards"]
-            count = len(rewards)
-        except (ValueError, KeyError, TypeError):
+        rewards = _rewards_in(answer)
+        if rewards is None:
             reason = f'{self.name}: the answer is not {{"rewards": [...]}}'
             return [Unmeasured(reason)] * len(clips)
-        if count != len(clips):
-            reason = f"{self.name}: {count} rewards for {len(clips)} samples"
+        if len(rewards) != len(clips):
+            reason = f"{self.name}: {len(rewards)} rewards for {len(clips)} samples"
             return [Unmeasured(reason)] * len(clips)
         return [self._judgement(reward) for reward in rewards]
 
     def _judgement(self, reward: Any) -> Judgement:
-        if isinstance(reward, int | float) and math.isfinite(reward):
-            return {self.name: float(reward)}
-        return Unmeasured(f"{self.name}: it was not judged")
+        if reward is None:
+            return Unmeasured(f"{self.name}: it was not judged")
+        if isinstance(reward, float) and math.isfinite(reward):
+            return {self.name: reward}
+        return Unmeasured(f"{self.name}: {repr(reward)[:LONGEST_VALUE]} is no number")
 
     def _ask(self, body: Any) -> httpx.Response | str:
         """Return the answer, or why there is none."""
@@ -97,12 +108,23 @@ class HttpJudge:
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__} {error}".strip()
                 continue
+            except (httpx.RequestError, httpx.InvalidURL) as error:  # as wrong the next time
+                return f"{type(error).__name__} {error}".strip()
             if answer.is_success:
                 return answer
             reason = f"HTTP {answer.status_code}"
             if answer.status_code != TOO_MANY_REQUESTS and answer.status_code < SERVER_ERROR:
                 break
         return reason
+
+
+def _rewards_in(answer: httpx.Response) -> list[Any] | None:
+    """Return the list of an answer, every number in it a float, or nothing."""
+    try:
+        rewards = answer.json(parse_int=float)["rewards"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return rewards if isinstance(rewards, list) else None
 
 
 def _sample(clip: Clip) -> dict[str, Any]:

@@ -5,14 +5,15 @@
         def __call__(self, samples): ...              # -> a number or None for each
 
 `samples` are types.Clip where it reads sound, types.TokenAnswer where it reads tokens. None, a
-number that is not finite and an exception are failed judgements: the sample has no reward, with
-the reason; they count towards `reward.failure_budget`. After an exception of a batch each sample
-is asked about alone, so that one bad sample does not take the others with it.
+value that is no finite number and an exception are failed judgements: the sample has no reward,
+with the reason; they count towards `reward.failure_budget`. After an exception of a batch each
+sample is asked about alone, so that one bad sample does not take the others with it.
 """
 
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from speechalign.config.judges import PythonJudgeConfig
@@ -21,57 +22,82 @@ from speechalign.judges.base import Judgement
 from speechalign.types import Clip, Measured, Score, Unmeasured
 
 SampleT = TypeVar("SampleT")
+LONGEST_VALUE = 80
+"""Characters of a wrong value that a reason quotes."""
 
 
 def load_user_class(config: PythonJudgeConfig) -> Callable[..., Any]:
-    """Return the class that a config names.
+    """Return the class that a config names, checked as far as it can be without an object of it.
 
     Raises:
-        ConfigError: it cannot be imported, or cannot be called.
+        ConfigError: it cannot be imported, is no class of callables, or takes other arguments.
     """
+    judge = f"judge {config.name!r}: {config.target}"
     module_name, _, name = config.target.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - an import runs the user's code
         raise ConfigError(
-            f"judge {config.name!r}: {config.target} cannot be imported ({error}); it must be "
+            f"{judge} cannot be imported ({type(error).__name__}: {error}); it must be "
             "module:Class, on the Python path of the driver and of all actors"
         ) from None
-    if not callable(found):
-        raise ConfigError(f"judge {config.name!r}: {config.target} is no class or function")
+    if not isinstance(found, type):
+        raise ConfigError(f"{judge} is no class; a function must become the __call__ of one")
+    if not any("__call__" in vars(base) for base in found.__mro__):
+        raise ConfigError(f"{judge} has no __call__; it must take samples and return numbers")
+    try:
+        inspect.signature(found).bind(**config.arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{judge} does not take these arguments: {error}") from None
     return found
 
 
 class UserReward:
-    """The user's object, and what becomes of its answers."""
+    """The user's object, and what becomes of its answers.
+
+    Raises:
+        ConfigError: the object cannot be made.
+    """
 
     def __init__(self, config: PythonJudgeConfig) -> None:
         self._config = config
-        self._reward = load_user_class(config)(**config.arguments)
+        create = load_user_class(config)
+        try:
+            self._reward = create(**config.arguments)
+        except Exception as error:
+            raise ConfigError(
+                f"judge {config.name!r}: {config.target} cannot be created: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def scores(self, samples: Sequence[SampleT]) -> list[Score]:
         """Return one score a sample.
 
         Raises:
-            DataError: the user's object returns another number of values.
+            DataError: the user's object does not return one value for each.
         """
         try:
-            values = list(self._reward(samples))
+            returned = self._reward(samples)
+            values = list(returned) if isinstance(returned, Iterable) else None
         except Exception as error:  # noqa: BLE001 - the user's code may raise anything
             if len(samples) > 1:
                 return [score for sample in samples for score in self.scores([sample])]
             return [Unmeasured(f"{self._config.name}: {type(error).__name__}: {error}")]
-        if len(values) != len(samples):
+        if values is None or len(values) != len(samples):
+            found = repr(returned) if values is None else f"{len(values)} values"
             raise DataError(
-                f"judge {self._config.name!r} returned {len(values)} values for {len(samples)} "
+                f"judge {self._config.name!r} returned {found} for {len(samples)} "
                 "samples; it must return a number or None for each"
             )
         return [self._score(value) for value in values]
 
     def _score(self, value: Any) -> Score:
         if value is None:
-            return Unmeasured(f"{self._config.name}: it returned nothing")
-        number = float(value)
+            return Unmeasured(f"{self._config.name}: the reward returned nothing")
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is torch's
+            return Unmeasured(f"{self._config.name}: {repr(value)[:LONGEST_VALUE]} is no number")
         if not math.isfinite(number):
             return Unmeasured(f"{self._config.name}: {number} is no number")
         return Measured(number)

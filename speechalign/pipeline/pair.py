@@ -50,7 +50,7 @@ def write_pairs(config: AlignConfig, iteration: int, folder: Path) -> None:
         "kind": "pairs",
         "num_samples": len(samples),
         "num_without_reward": num_missing,
-        "mean_reward": sum(values) / max(1, len(values)),
+        "mean_reward": sum(values) / len(values) if values else None,
         "max_logprob_difference": difference,
         "num_earlier_pairs": len(earlier),
     }

@@ -1,5 +1,6 @@
 """What would make a run fail later, found before anything is started."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +13,40 @@ from speechalign.artifacts import verify_folder
 from speechalign.codec.build import build_codec
 from speechalign.config.align import AlignConfig
 from speechalign.config.judges import (
+    TRUNCATED,
     HttpJudgeConfig,
+    JudgeConfig,
     PythonJudgeConfig,
     RecogniserConfig,
     RewardModelJudgeConfig,
+    judge_measures,
+    judge_name,
 )
 from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.errors import ConfigError, DataError
-from speechalign.judges.http import check_token
+from speechalign.judges.http import headers_of
 from speechalign.judges.user_code import load_user_class
 from speechalign.judges.whisper import model_folder
 from speechalign.pipeline.cluster import connected
-from speechalign.pipeline.sample import speaking_stages
+from speechalign.pipeline.sample import judging_stages, sampling_stage, speaking_stages
 from speechalign.policy.nar import load_nar
 from speechalign.policy.reward_model import load_reward_model
-from speechalign.rows import GOLDEN, waveform_from_pcm
+from speechalign.rows import GOLDEN, RENDERED, waveform_from_pcm
+from speechalign.sampling import rollouts
+from speechalign.sampling.pipeline import SECONDS, stream
 from speechalign.sampling.pipeline import check_resources as check_pools
-from speechalign.sampling.pipeline import stream
 from speechalign.sampling.prompts import admit_prompts, build_prompts
+from speechalign.sampling.rendering import FAILED
+from speechalign.sampling.stages import RENDER_SECONDS, SAMPLE_SECONDS
+
+ROLLOUT_FIELDS = (
+    rollouts.STEP,
+    rollouts.VERSION_STEP,
+    rollouts.IS_HELDOUT,
+    rollouts.SAMPLED_FROM,
+    rollouts.SAMPLED_UNTIL,
+    rollouts.PROBE_DIFFERENCE,
+)
 
 
 def check_run(config: AlignConfig) -> None:
@@ -40,17 +57,38 @@ def check_run(config: AlignConfig) -> None:
         DataError: artifacts of different codecs meet.
     """
     check_artifacts(config)
+    check_judge_names(config.judges)
+    check_judge_names(config.evaluation.judges)
     for judge in (*config.judges, *config.evaluation.judges):
         if isinstance(judge, RecogniserConfig):
             model_folder(judge.model)
         if isinstance(judge, PythonJudgeConfig):
             load_user_class(judge)
         if isinstance(judge, HttpJudgeConfig):
-            check_token(judge)
+            headers_of(judge)
         if isinstance(judge, RewardModelJudgeConfig):
             _check_reward_model(judge.path, build_codec(config.codec).fingerprint)
     if isinstance(config.training, OnlineTrainingConfig) and config.training.ppo.critic:
         _check_reward_model(config.training.ppo.critic, build_codec(config.codec).fingerprint)
+
+
+def check_judge_names(judges: Sequence[JudgeConfig]) -> None:
+    """Refuse judges that would write a column which something else writes.
+
+    Raises:
+        ConfigError: a user's own judge has a name that is taken.
+    """
+    fields = (SAMPLE_SECONDS, RENDER_SECONDS, *ROLLOUT_FIELDS)
+    taken = {*RENDERED.names, *(field.name for field in fields), TRUNCATED}
+    taken.add(FAILED.partition(":")[0])  # an error that begins so is the renderer's
+    for judge in judges:
+        columns = {*judge_measures(judge), judge_name(judge) + SECONDS}
+        if columns & taken:
+            raise ConfigError(
+                f"judge {judge_name(judge)!r} would write {', '.join(sorted(columns & taken))}, "
+                "which is taken; give it another name"
+            )
+        taken |= columns
 
 
 def _check_reward_model(path: Path, fingerprint: str) -> None:
@@ -90,13 +128,14 @@ def check_resources(config: AlignConfig) -> str:
 
     with connected():
         available = ray.cluster_resources()
-        check_pools(speaking_stages(config, config.policy, config.judges), available)
+        judging = judging_stages(config, config.policy, config.judges)
+        stages = [sampling_stage(config, config.policy), *judging]
+        check_pools(stages, available)
         check_pools(speaking_stages(config, config.policy, config.evaluation.judges), available)
         workers = config.training.workers
         wanted = workers.num_workers * workers.cpus_per_worker
         beside = ""
         if isinstance(config.training, OnlineTrainingConfig):
-            stages = speaking_stages(config, config.policy, config.judges)
             pools = sum(stage.pool.num_actors * stage.pool.num_cpus for stage in stages)
             wanted, beside = wanted + pools, f" and {pools:g} for the pools beside them"
         if wanted > available.get("CPU", 0.0):

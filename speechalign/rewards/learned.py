@@ -9,14 +9,16 @@ import torch
 from speechalign.config.judges import RewardModelJudgeConfig
 from speechalign.errors import DataError
 from speechalign.policy.reward_model import load_reward_model
+from speechalign.rewards.stage import with_errors
 
 ROWS_PER_FORWARD = 16
+NOTHING_TO_READ = "reward_model: there is no prompt, or no answer to it"
 
 
 class RewardModelStage:
     """A plain class: tests call it directly, Ray Data makes actors of it.
 
-    A row without a prompt (a recording) cannot be rewarded and gets null.
+    A row without a prompt (a recording) or an answer cannot be rewarded and gets null.
     """
 
     def __init__(self, config: RewardModelJudgeConfig) -> None:
@@ -47,6 +49,8 @@ class RewardModelStage:
             for index, reward in zip(indices, self._loaded.rewards(asked), strict=True):
                 values[index] = reward
         batch = batch.append_column("reward_model", pa.array(values, pa.float32()))
+        reasons = ["" if value is not None else NOTHING_TO_READ for value in values]
+        batch = with_errors(batch, reasons)
         share_s = (time.perf_counter() - started_s) / max(1, len(rows))
         seconds: pa.Array[Any] = pa.array([share_s] * len(rows), pa.float32())
         return batch.append_column("reward_model_seconds", seconds)

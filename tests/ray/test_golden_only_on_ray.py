@@ -28,3 +28,4 @@ def test_golden_pairs_are_made_without_a_judge(tmp_path: Path):
     facts = manifest_facts(folder / "pairs")
     assert facts["pairs_golden"] == scored.num_rows == 12
     assert facts["num_without_reward"] == 0
+    assert facts["mean_reward"] is None  # nobody was asked, which is no zero

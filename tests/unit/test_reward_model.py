@@ -104,6 +104,9 @@ def test_the_stage_rewards_samples_and_leaves_recordings_without(tmp_path: Path)
     first, recording, last = table["reward_model"].to_pylist()
     assert [first, last] == pytest.approx([reward(a_model(), ANSWER)[0]] * 2, abs=1e-6)
     assert recording is None
+    assert table["judge_errors"].to_pylist()[1] == (
+        "reward_model: there is no prompt, or no answer to it"
+    )
     with pytest.raises(DataError, match="their codes mean different sounds"):
         stage(samples(PROMPT, codec="other"))
 

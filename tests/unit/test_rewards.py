@@ -55,6 +55,19 @@ def test_a_term_can_be_the_distance_to_a_target():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"lowest": 1.0, "highest": 1.0}, "every value of wer would count the same"),
+        ({"weight": float("nan")}, "finite number"),
+        ({"target": float("inf")}, "finite number"),
+    ],
+)
+def test_a_term_that_makes_no_reward_is_refused(term: dict[str, float], message: str):
+    with pytest.raises(ValueError, match=message):
+        one_term(**{"measure": "wer", **term})
+
+
 def test_truncation_can_be_punished_without_a_judge():
     config = one_term(measure="truncated")
     rows = [a_row(is_truncated=True), a_row()]

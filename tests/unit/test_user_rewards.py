@@ -1,22 +1,30 @@
 """Rewards of the user's own, in Python and behind an address: what fails is missing, never zero."""
 
+import base64
+import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import soundfile as sf
 
-from speechalign.config.judges import HttpJudgeConfig, PythonJudgeConfig, listens
+from speechalign.config.judges import HttpJudgeConfig, PythonJudgeConfig, RewardConfig, listens
 from speechalign.errors import ConfigError, DataError
 from speechalign.judges.base import Judgement
 from speechalign.judges.http import HttpJudge
 from speechalign.judges.user_code import UserJudge, UserReward, load_user_class
+from speechalign.rewards.combine import check_budget, rewards_of
+from speechalign.rewards.stage import JudgeStage
 from speechalign.rewards.user_tokens import UserTokenStage
 from speechalign.types import Clip, Measured, TokenAnswer, Unmeasured
 
@@ -51,11 +59,21 @@ def test_a_reward_is_made_once_with_its_arguments_and_asked_about_batches():
 def test_nothing_and_what_is_no_number_is_missing():
     scores = UserReward(a_config("Odd")).scores([an_answer()] * 4)
     assert scores == [
-        Unmeasured("mine: it returned nothing"),
+        Unmeasured("mine: the reward returned nothing"),
         Unmeasured("mine: nan is no number"),
         Unmeasured("mine: inf is no number"),
         Measured(2.0),
     ]
+
+
+def test_a_value_of_another_type_takes_only_its_sample():
+    scores = UserReward(a_config("Wordy")).scores([an_answer()] * 4)
+    assert scores[:2] == [
+        Unmeasured("mine: 'high' is no number"),
+        Unmeasured("mine: [1.0] is no number"),
+    ]
+    assert scores[2] == Unmeasured("mine: 1" + "0" * 79 + " is no number")  # the reason is cut
+    assert scores[3] == Measured(1.0)
 
 
 def test_an_exception_takes_only_the_bad_sample():
@@ -70,6 +88,8 @@ def test_an_exception_takes_only_the_bad_sample():
 def test_a_wrong_number_of_values_is_an_error():
     with pytest.raises(DataError, match="returned 1 values for 2 samples"):
         UserReward(a_config("TooFew")).scores([an_answer()] * 2)
+    with pytest.raises(DataError, match="returned None for 2 samples"):
+        UserReward(a_config("Forgetful")).scores([an_answer()] * 2)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +97,34 @@ def test_a_wrong_number_of_values_is_an_error():
     [
         ("tests.no_such:Reward", "cannot be imported"),
         ("tests.user_rewards:NoSuch", "cannot be imported"),
-        ("tests.user_rewards:not_callable", "no class or function"),
+        ("tests.user_rewards:not_callable", "is no class"),
+        ("tests.user_rewards:a_function", "is no class"),
+        ("tests.user_rewards:NotCallable", "has no __call__"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_refused(target: str, message: str):
+def test_a_path_that_leads_to_no_reward_is_refused(target: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_user_class(a_config("Odd", target=target))
+
+
+def test_a_module_that_raises_when_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "raises_on_import.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be imported \(ZeroDivisionError"):
+        load_user_class(a_config("Odd", target="raises_on_import:Reward"))
+
+
+def test_arguments_that_a_reward_does_not_take_are_refused_before_it_is_made():
+    with pytest.raises(ConfigError, match=r"does not take these arguments.*'limits'"):
+        load_user_class(a_config("ShareOfLowTokens", arguments={"limits": 10}))
+
+
+def test_a_reward_that_cannot_be_made_says_why():
+    assert load_user_class(a_config("Broken"))
+    with pytest.raises(ConfigError, match="cannot be created: OSError: no model here"):
+        UserReward(a_config("Broken"))
 
 
 def test_a_reward_of_sound_is_a_judge():
@@ -120,7 +162,9 @@ def always(status: int, content: bytes = b"") -> Answer:
 
 
 @contextmanager
-def a_server(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def a_server(
+    answer: Answer, headers: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -130,6 +174,8 @@ def a_server(answer: Answer) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             status, content = answer(len(requests), body)
             try:
                 self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
             except BrokenPipeError:  # the client did not wait
@@ -203,8 +249,12 @@ def test_a_refusal_is_not_asked_again():
         (b"<html>", 'the answer is not {"rewards": [...]}'),
         (b"[1.0]", 'the answer is not {"rewards": [...]}'),
         (rewards(1.0, 2.0), "2 rewards for 1 samples"),
-        (b'{"rewards": ["high"]}', "it was not judged"),
-        (b'{"rewards": [NaN]}', "it was not judged"),
+        (b"[" * 100_000, 'the answer is not {"rewards": [...]}'),
+        (b'{"rewards": {"p0/0": 1.0}}', 'the answer is not {"rewards": [...]}'),
+        (b'{"rewards": ["high"]}', "'high' is no number"),
+        (b'{"rewards": [NaN]}', "nan is no number"),
+        (b'{"rewards": [true]}', "True is no number"),
+        (b'{"rewards": [' + b"9" * 400 + b"]}", "inf is no number"),
     ],
 )
 def test_an_answer_that_cannot_be_read_is_missing(content: bytes, reason: str):
@@ -221,6 +271,83 @@ def test_a_server_that_does_not_answer_in_time_is_missing():
         (found,) = judged(url, 1, timeout_s=0.05, max_retries=0)
     assert isinstance(found, Unmeasured)
     assert "ReadTimeout" in found.reason
+
+
+def test_a_server_that_is_not_there_is_missing():
+    (found,) = judged("http://127.0.0.1:9", 1, max_retries=1)  # the port of `discard`
+    assert isinstance(found, Unmeasured)
+    assert found.reason.startswith("remote: ConnectError")
+
+
+def test_each_retry_waits_twice_as_long_as_the_one_before():
+    times_s: list[float] = []
+
+    def busy(*_: object) -> tuple[int, bytes]:
+        times_s.append(time.monotonic())
+        return 429, b""
+
+    with a_server(busy) as (url, _):
+        judged(url, 1, max_retries=2, backoff_s=0.1)
+    first_s, second_s = np.diff(times_s)
+    assert first_s >= 0.1
+    assert second_s >= 0.2
+
+
+def test_an_answer_that_cannot_be_unpacked_is_not_asked_for_again():
+    with a_server(always(200, b"no gzip"), {"Content-Encoding": "gzip"}) as (url, requests):
+        (found,) = judged(url, 1)
+    assert isinstance(found, Unmeasured)
+    assert found.reason.startswith("remote: DecodingError")
+    assert len(requests) == 1
+
+
+def test_a_sample_without_sound_is_sent_too():
+    silent = replace(a_clip(0), waveform_N=np.zeros(0, np.float32))
+    with a_server(always(200, rewards(0.25))) as (url, requests):
+        judge = HttpJudge(HttpJudgeConfig(name="remote", url=url))
+        assert judge.judge([silent]) == [{"remote": 0.25}]
+    sound = base64.b64decode(requests[0]["samples"][0]["audio_wav_base64"])
+    assert sf.info(io.BytesIO(sound)).frames == 0
+
+
+def test_a_server_that_fails_for_a_tenth_leaves_a_tenth_without_a_reward():
+    def all_but_each_tenth(_: int, body: dict[str, Any]) -> tuple[int, bytes]:
+        numbers = [int(sample["id"][1:].split("/")[0]) for sample in body["samples"]]
+        return 200, rewards(*[None if n % 10 == 0 else 0.5 for n in numbers])
+
+    count = 20
+    table = pa.table(
+        {
+            "prompt_id": [f"p{index}" for index in range(count)],
+            "sample_index": [0] * count,
+            "text": ["x"] * count,
+            "waveform_pcm": [b"\x00\x40" * 800] * count,
+            "reference_pcm": [b""] * count,
+            "sample_rate_hz": [16000] * count,
+            "golden_duration_s": [1.0] * count,
+            "judge_errors": [""] * count,
+        }
+    )
+    with a_server(all_but_each_tenth) as (url, _):
+        stage = JudgeStage(HttpJudgeConfig(name="remote", url=url, batch_size=3))
+        rows = stage(table).to_pylist()
+    terms = [{"measure": "remote", "weight": 2.0}]
+    config = RewardConfig.model_validate({"terms": terms, "failure_budget": 0.1})
+    found = rewards_of(rows, config)
+    missing = Unmeasured("remote: remote: it was not judged")
+    assert found == [missing if i % 10 == 0 else Measured(1.0) for i in range(count)]
+    assert check_budget(found, config) == 2
+
+
+def test_no_message_has_the_token_in_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MY_TOKEN", "secr\u00e9t\nX-Other: 1")
+    with pytest.raises(ConfigError, match="cannot be sent") as caught:
+        judged("http://127.0.0.1:9", 1, token_env="MY_TOKEN")
+    assert "secr" not in str(caught.value)
+    monkeypatch.setenv("MY_TOKEN", "secret\n")  # as files end
+    with a_server(always(200, rewards(1.0))) as (url, requests):
+        assert judged(url, 1, token_env="MY_TOKEN") == [{"remote": 1.0}]
+    assert requests[0]["authorization"] == "Bearer secret"
 
 
 def test_the_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch):

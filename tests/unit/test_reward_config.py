@@ -1,0 +1,103 @@
+"""A reward that could never be made is refused before anything starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speechalign.config.align import AlignConfig
+from speechalign.config.judges import (
+    HttpJudgeConfig,
+    JudgeConfig,
+    PythonJudgeConfig,
+    SignalConfig,
+)
+from speechalign.errors import ConfigError
+from speechalign.pipeline.preflight import check_judge_names
+from speechalign.pipeline.sample import judging_stages
+
+PATHS = {"run_dir": "run", "golden": "golden", "policy": "policy", "nar": "nar"}
+SIGNAL = {"kind": "signal"}
+TOKENS = {"kind": "python", "name": "mine", "target": "a.b:C", "reads": "tokens"}
+REMOTE = {"kind": "http", "name": "far", "url": "http://localhost:1"}
+
+
+def a_recipe(judges: list[Any], measures: list[str], **changes: Any) -> AlignConfig:
+    terms = [{"measure": measure, "weight": 1.0} for measure in measures]
+    return AlignConfig.model_validate(
+        PATHS | {"judges": judges, "reward": {"terms": terms}} | changes
+    )
+
+
+def a_python_judge(name: str) -> PythonJudgeConfig:
+    return PythonJudgeConfig(name=name, target="a.b:C")
+
+
+def test_the_names_of_ones_own_judges_are_measures():
+    recipe = a_recipe([TOKENS, REMOTE], ["mine", "far"])
+    assert [term.measure for term in recipe.reward.terms] == ["mine", "far"]
+
+
+def test_truncation_is_measured_whoever_judges():
+    assert a_recipe([], ["truncated"]).reward.terms[0].measure == "truncated"
+
+
+def test_a_measure_of_no_judge_is_refused_with_those_that_there_are():
+    message = "'yours' is measured by no judge of this recipe; measured are mine, truncated"
+    with pytest.raises(ValueError, match=message):
+        a_recipe([TOKENS], ["yours"])
+
+
+def test_golden_pairs_against_the_first_sample_need_no_reward():
+    golden = {"kinds": ["golden"], "golden_rejected": "first"}
+    assert AlignConfig.model_validate(PATHS | {"pairing": golden}).judges == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pairing": {"kinds": ["ranked"]}},
+        {"pairing": {"kinds": ["golden", "ranked"]}},
+        {"pairing": {"kinds": ["golden"], "golden_rejected": "worst"}},
+        {"pairing": {"kinds": ["golden"]}, "evaluation": {"best_of": 2}},
+    ],
+)
+def test_whatever_else_chooses_needs_one(changes: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"reward\.terms is empty"):
+        a_recipe([], [], **changes)
+
+
+@pytest.mark.parametrize(
+    ("judges", "column"),
+    [
+        ([a_python_judge("text")], "text"),
+        ([a_python_judge("truncated")], "truncated"),
+        ([a_python_judge("step")], "step"),
+        ([HttpJudgeConfig(name="sample", url="http://x")], "sample_seconds"),
+        ([a_python_judge("rendering")], "rendering"),
+        ([SignalConfig(), a_python_judge("signal")], "signal_seconds"),
+        ([SignalConfig(), a_python_judge("silence_ratio")], "silence_ratio"),
+    ],
+)
+def test_a_judge_cannot_have_a_name_that_is_taken(judges: list[JudgeConfig], column: str):
+    with pytest.raises(ConfigError, match=f"would write {column}, which is taken"):
+        check_judge_names(judges)
+
+
+def test_judges_with_names_of_their_own_are_welcome():
+    check_judge_names([SignalConfig(), a_python_judge("mine"), a_python_judge("other")])
+
+
+@pytest.mark.parametrize(
+    ("judges", "stages"),
+    [
+        ([TOKENS], ["mine"]),
+        ([TOKENS, SIGNAL], ["render", "mine", "signal"]),
+        ([REMOTE], ["render", "far"]),
+        ([], []),
+    ],
+)
+def test_only_a_judge_that_listens_has_anything_rendered(judges: list[Any], stages: list[str]):
+    recipe = a_recipe(judges, [], pairing={"kinds": ["golden"]})
+    found = judging_stages(recipe, Path("policy"), recipe.judges)
+    assert [stage.name for stage in found] == stages
