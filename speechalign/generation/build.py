@@ -1,14 +1,21 @@
 """From what a run was told to the engine that answers."""
 
 from pathlib import Path
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from speechalign.config.sampling import GenerationEngineConfig, TransformersConfig, VllmConfig
-from speechalign.generation.base import Engine
+
+if TYPE_CHECKING:
+    from speechalign.generation.hf import TransformersEngine
+    from speechalign.generation.vllm import VllmEngine
 
 
-def build_generation_engine(folder: Path, config: GenerationEngineConfig) -> Engine:
+def build_generation_engine(
+    folder: Path, config: GenerationEngineConfig
+) -> "VllmEngine | TransformersEngine":
     """Return the engine that a config names, with the AR policy of `folder`.
+
+    It is an `Engine` for whole batches and a `SteppingEngine` for `AnswerStreams`.
 
     Weights are loaded here, in the actor; so is the engine's library.
 

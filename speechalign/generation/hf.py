@@ -18,6 +18,7 @@ from speechalign.generation.base import (
     SamplingParams,
     check_lengths,
 )
+from speechalign.generation.streams import Piece
 from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import load_ar
 from speechalign.policy.logprobs import answer_logprobs
@@ -33,6 +34,8 @@ class _Answer:
     generator: torch.Generator
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    cache: DynamicCache | None = None
+    """Of an answer that is made step by step; a batch of answers shares one elsewhere."""
 
     def is_done(self, params: SamplingParams) -> bool:
         return len(self.token_ids) >= params.max_new_tokens or self.has_stopped(params)
@@ -47,6 +50,7 @@ class TransformersEngine:
     def __init__(self, folder: Path, config: TransformersConfig) -> None:
         torch.set_num_threads(config.num_threads)
         self._config = config
+        self._stepped: dict[str, tuple[_Answer, SamplingParams]] = {}
         self.load_policy(folder)
 
     @property
@@ -87,6 +91,47 @@ class TransformersEngine:
         logprobs_BS = answer_logprobs(logits_BSV, batch.input_ids_BS, batch.answer_mask_BS)
         pairs = zip(logprobs_BS, batch.answer_mask_BS, strict=True)
         return [tuple(logprobs_S[mask_S].tolist()) for logprobs_S, mask_S in pairs]
+
+    def add(
+        self, answer_id: str, prompt_token_ids: Sequence[int], seed: int, params: SamplingParams
+    ) -> None:
+        """Begin an answer that `step` goes on with."""
+        request = GenerationRequest(prompt_token_ids=tuple(prompt_token_ids), seeds=(seed,))
+        check_lengths([request], params, self._config.max_model_len)
+        answer = _Answer(request.prompt_token_ids, self._generator(seed))
+        answer.cache = DynamicCache(config=self._model.config)
+        self._stepped[answer_id] = (answer, params)
+
+    @torch.inference_mode()
+    def step(self) -> list[Piece]:
+        """Give every answer in the making its next token, one after another."""
+        pieces: list[Piece] = []
+        for answer_id, (answer, params) in list(self._stepped.items()):
+            is_new = not answer.token_ids
+            ids = list(answer.prompt_token_ids) if is_new else answer.token_ids[-1:]
+            logits_BV = self._model(
+                input_ids=torch.tensor([ids], device=self._config.device),
+                past_key_values=answer.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            _draw(logits_BV, [answer], params)
+            is_last = answer.is_done(params)
+            piece = Piece(
+                answer_id=answer_id,
+                token_ids=(answer.token_ids[-1],),
+                is_last=is_last,
+                is_truncated=is_last and not answer.has_stopped(params),
+            )
+            pieces.append(piece)
+            if is_last:
+                del self._stepped[answer_id]
+        return pieces
+
+    def abort(self, answer_ids: Sequence[str]) -> None:
+        """Forget answers."""
+        for answer_id in answer_ids:
+            self._stepped.pop(answer_id, None)
 
     def _generator(self, seed: int) -> torch.Generator:
         return torch.Generator(device=self._config.device).manual_seed(seed)

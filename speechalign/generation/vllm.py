@@ -23,6 +23,7 @@ from speechalign.generation.base import (
     SamplingParams,
     check_lengths,
 )
+from speechalign.generation.streams import Piece
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ENVIRONMENT = {
@@ -101,6 +102,38 @@ class VllmEngine:
             _prompt_logprobs(output, len(prompt))
             for output, (prompt, _) in zip(outputs, answers, strict=True)
         ]
+
+    def add(
+        self, answer_id: str, prompt_token_ids: Sequence[int], seed: int, params: SamplingParams
+    ) -> None:
+        """Begin an answer that `step` goes on with."""
+        request = GenerationRequest(prompt_token_ids=tuple(prompt_token_ids), seeds=(seed,))
+        check_lengths([request], params, self._config.max_model_len)
+        settings = self._settings(params, seed)
+        settings.output_kind = self._vllm.sampling_params.RequestOutputKind.DELTA
+        settings.logprobs = None  # nobody reads them
+        prompt = {"prompt_token_ids": list(prompt_token_ids)}
+        self._llm.llm_engine.add_request(answer_id, prompt, settings)
+
+    def step(self) -> list[Piece]:
+        """Give every answer in the making its next tokens."""
+        try:
+            outputs = self._llm.llm_engine.step()
+        except (RuntimeError, AssertionError) as error:
+            raise EngineDead(f"vLLM failed and must be started again: {error}") from error
+        return [
+            Piece(
+                answer_id=output.request_id,
+                token_ids=tuple(output.outputs[0].token_ids),
+                is_last=output.finished,
+                is_truncated=output.outputs[0].finish_reason == "length",
+            )
+            for output in outputs
+        ]
+
+    def abort(self, answer_ids: Sequence[str]) -> None:
+        """Forget answers."""
+        self._llm.llm_engine.abort_request(list(answer_ids))
 
     def _generate(self, prompts: Any, settings: Any) -> Any:
         try:

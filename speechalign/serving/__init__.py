@@ -1,0 +1,1 @@
+"""A policy behind an HTTP endpoint that speaks as OpenAI's does."""
