@@ -165,6 +165,35 @@ def compare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fa
     out.print(run_compare(config), soft_wrap=True)
 
 
+@app.command()
+def serve(
+    policy: Annotated[
+        Path | None, typer.Argument(help="A policy's folder, or a run; none: what the file says.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the endpoint, e.g. speaking.temperature=1.0")
+    ] = None,
+    *,
+    config: Annotated[Path, typer.Option(help="A file of Ray Serve.")] = Path(
+        "jobs/serve-embedded-cpu.yaml"
+    ),
+    listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT instead of the file's; not loopback: needs keys.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Serve policies as OpenAI's speech API, with a page to compare them."""
+    from speechalign.pipeline.serve import read_endpoint, serve_until_told
+
+    if policy is not None and "=" in str(policy):
+        policy, overrides = None, [str(policy), *(overrides or [])]
+    endpoint = read_endpoint(config, policy, overrides or [], listen)
+    if dry_run:
+        out.print(dump_yaml(endpoint.config), soft_wrap=True, markup=False)
+        raise typer.Exit(0)
+    serve_until_told(endpoint)
+
+
 def _run_until(
     stage: "StageName", recipe: Path, overrides: list[str] | None, *, dry_run: bool
 ) -> None:

@@ -98,3 +98,16 @@ def check_codes(codes_KT: NDArray[np.int64], *, num_codebooks: int, codebook_siz
             f"codes lie in [0, {codebook_size}), these in [{low}, {high}]; were token ids "
             "decoded without their layout, or do they come from another codec?"
         )
+
+
+def check_fingerprint(found: str, expected: str, of: str) -> None:
+    """Refuse codes of one codec to a part made for another.
+
+    Raises:
+        DataError: the fingerprints differ.
+    """
+    if found != expected:
+        raise DataError(
+            f"the data have codec fingerprint {found}, {of} {expected}: their codes mean "
+            "different sounds; prepare the data again with that codec, or take another policy"
+        )

@@ -3,6 +3,7 @@
 A mistake is reported as a person would: the key, the file, the nearest valid name, the value.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -30,13 +31,31 @@ def load_config(model: type[ConfigT], path: Path, overrides: Sequence[str] = ())
     Raises:
         ConfigError: the file cannot be read, or a key or value is not one the config takes.
     """
-    values = _read_yaml(path)
-    for override in overrides:
-        _apply(values, override)
+    return validated(model, with_overrides(read_yaml(path), overrides), str(path))
+
+
+def validated(model: type[ConfigT], values: Any, source: str) -> ConfigT:
+    """Return values as a config.
+
+    Raises:
+        ConfigError: a key or value is not one the config takes; `source` says whose it is.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, path)) from None
+        raise ConfigError(_explain(error, model, source)) from None
+
+
+def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of values with dotted overrides applied.
+
+    Raises:
+        ConfigError: an override has no key, or a value that is not YAML.
+    """
+    changed = copy.deepcopy(values)
+    for override in overrides:
+        _apply(changed, override)
+    return changed
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -50,7 +69,12 @@ def config_hash(config: BaseModel) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -98,8 +122,8 @@ def _index(items: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:
-    lines = [f"{path} is not a valid {model.__name__}:"]
+def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    lines = [f"{source} is not a valid {model.__name__}:"]
     for problem in error.errors(include_url=False):
         where = ".".join(map(str, problem["loc"])) or "the whole file"
         lines.append(f"  {where}: {problem['msg']}{_hint(problem, model)}")

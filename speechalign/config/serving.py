@@ -1,4 +1,4 @@
-"""What a speech endpoint can be told: the recipe of `speechalign serve`, the args of a Serve app."""
+"""What a speech endpoint can be told: the `args` of its application in a file of Ray Serve."""
 
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -169,11 +169,3 @@ class ServingConfig(Config):
                 f"prompt in engine.max_model_len {self.engine.max_model_len}"
             )
         return self
-
-
-class ServeCommandConfig(Config):
-    """A file of `speechalign serve`: an endpoint and where it listens."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65_535)
-    endpoint: ServingConfig

@@ -65,8 +65,8 @@ def save_ar(
         vocabulary.save(partial / VOCABULARY)
 
 
-def load_ar(folder: Path, *, device: str = "cpu", dtype: str = "fp32") -> LoadedPolicy:
-    """Load a policy after its files were checked against the manifest.
+def check_ar(folder: Path) -> dict[str, Any]:
+    """Check the files of a policy against its manifest and return its facts.
 
     Raises:
         ConfigError: the folder holds no AR policy.
@@ -77,6 +77,17 @@ def load_ar(folder: Path, *, device: str = "cpu", dtype: str = "fp32") -> Loaded
     facts = verify_folder(folder)
     if facts.get("kind") != "ar":
         raise ConfigError(f"{folder} holds a {facts.get('kind')!r} artifact, not an AR policy")
+    return facts
+
+
+def load_ar(folder: Path, *, device: str = "cpu", dtype: str = "fp32") -> LoadedPolicy:
+    """Load a policy after its files were checked against the manifest.
+
+    Raises:
+        ConfigError: the folder holds no AR policy.
+        CorruptArtifact: a file differs from the manifest.
+    """
+    facts = check_ar(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
     moved: Any = model  # to() is decorated beyond what a type checker follows
     return LoadedPolicy(

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,6 +83,19 @@ class NarModel(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD, condition_BD, mask_BT1)
         return self.heads[level - 1](self.norm(x_BTD))
+
+
+class LevelFiller(Protocol):
+    """What rendering asks of a NAR model; `Nar` is one."""
+
+    def fill(
+        self,
+        level1s: Sequence[NDArray[np.integer]],
+        speakers_KT: Sequence[NDArray[np.integer]],
+        num_levels: int,
+    ) -> list[NDArray[np.int64]]:
+        """Return codes_kT for each row: level 1 as given, the others predicted."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

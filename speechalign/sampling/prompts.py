@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from speechalign.codec.base import check_fingerprint
 from speechalign.config.sampling import PromptsConfig
 from speechalign.errors import DataError, UnspeakableText
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
@@ -126,19 +127,6 @@ def golden_samples(prompts: pa.Table, vocabulary: Vocabulary) -> pa.Table:
     read = prompts_from_table(prompts)
     samples = [_golden_sample(prompt, vocabulary) for prompt in read]
     return samples_to_table(samples, {prompt.prompt_id: prompt for prompt in read})
-
-
-def check_fingerprint(found: str, expected: str, of: str) -> None:
-    """Refuse codes of one codec to a part made for another.
-
-    Raises:
-        DataError: the fingerprints differ.
-    """
-    if found != expected:
-        raise DataError(
-            f"the data have codec fingerprint {found}, {of} {expected}: their codes mean "
-            "different sounds; prepare the data again with that codec, or take another policy"
-        )
 
 
 def _matching_clips(golden: pa.Table, config: PromptsConfig) -> list[tuple[int, _Clip]]:

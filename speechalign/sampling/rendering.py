@@ -6,7 +6,6 @@ Shapes: K codebooks of the codec, k levels that are decoded, T frames, N samples
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,24 +13,12 @@ from numpy.typing import NDArray
 from speechalign.codec.base import Codec
 from speechalign.config.sampling import RenderingConfig
 from speechalign.errors import ConfigError, MalformedCodes, SpeechalignError
+from speechalign.policy.nar import LevelFiller
 from speechalign.policy.prompt_format import answer_codes
 from speechalign.policy.vocabulary import Vocabulary
 
 FAILED = "rendering: "
 """How `judge_errors` begins when a row has no sound through no fault of the policy."""
-
-
-class LevelFiller(Protocol):
-    """What is asked of the NAR model; `policy.nar.Nar` is one."""
-
-    def fill(
-        self,
-        level1s: Sequence[NDArray[np.integer]],
-        speakers_KT: Sequence[NDArray[np.integer]],
-        num_levels: int,
-    ) -> list[NDArray[np.int64]]:
-        """Return codes_kT for each row: level 1 as given, the others predicted."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

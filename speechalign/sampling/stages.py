@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from speechalign.artifacts import manifest_facts
-from speechalign.codec.base import Codec
+from speechalign.codec.base import Codec, check_fingerprint
 from speechalign.codec.build import build_codec
 from speechalign.config.codec import CodecConfig
 from speechalign.config.sampling import GenerationEngineConfig, RenderingConfig, SamplingConfig
@@ -31,7 +31,6 @@ from speechalign.rows import (
     prompts_from_table,
     samples_to_table,
 )
-from speechalign.sampling.prompts import check_fingerprint
 from speechalign.sampling.rendering import Answer, Renderer
 from speechalign.seeds import derive_seed
 from speechalign.types import Prompt, Sample

@@ -1,7 +1,6 @@
 """Reads what clients send, and stops reading when it is too much or too slow."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 from starlette.types import Message
@@ -47,14 +46,9 @@ async def body_of(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     Raises:
         Problem: 400, 408 or 413; what came until then is dropped.
     """
-    chunks: list[bytes] = []
-    stream: AsyncIterator[bytes] = limited(request, max_bytes, timeout_s).stream()
-    async for chunk in stream:
-        chunks.append(chunk)
+    chunks = [chunk async for chunk in limited(request, max_bytes, timeout_s).stream()]
     return b"".join(chunks)
 
 
 def _too_large(max_bytes: int) -> Exception:
-    return invalid(
-        f"the body is larger than {max_bytes} bytes", code="body_too_large", status=413
-    )
+    return invalid(f"the body is larger than {max_bytes} bytes", code="body_too_large", status=413)

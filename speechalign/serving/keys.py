@@ -60,7 +60,9 @@ def _keys_of_file(path: Path | None) -> list[ApiKey]:
     try:
         return TypeAdapter(list[ApiKey]).validate_python(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"the API keys in {path} cannot be read: {type(error).__name__}") from None
+        raise ConfigError(
+            f"the API keys in {path} cannot be read: {type(error).__name__}"
+        ) from None
     except ValidationError as error:  # its text would show the keys
         where = ", ".join(".".join(map(str, one["loc"])) for one in error.errors())
         raise ConfigError(

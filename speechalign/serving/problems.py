@@ -1,4 +1,4 @@
-"""What the endpoint answers when it does not speak: OpenAI's error body, one place for all codes."""
+"""What the endpoint answers when it does not speak: OpenAI's error body."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

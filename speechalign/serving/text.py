@@ -13,7 +13,8 @@ from speechalign.policy.text import SPEAKABLE
 
 SYMBOLS = {
     "&": " and ", "%": " percent ", "+": " plus ", "=": " equals ", "@": " at ", "#": " number ",
-    "/": " slash ", "*": " ", "_": " ", "\t": " ", "\r": " ", "\u2026": "... ", "\u00b0": " degrees ",
+    "/": " slash ", "*": " ", "_": " ", "\t": " ", "\r": " ", "\u00b0": " degrees ",
+    "\u2026": "... ",
     "[": "(", "]": ")", "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"',
     "\u2010": "-", "\u2011": "-", "\u2212": "-",
 }  # fmt: skip

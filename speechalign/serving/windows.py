@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from speechalign.codec.base import Codec
 from speechalign.config.serving import StreamingConfig
-from speechalign.sampling.rendering import LevelFiller
+from speechalign.policy.nar import LevelFiller
 
 
 def _no_codes() -> NDArray[np.int64]:

@@ -1,0 +1,143 @@
+"""`speechalign serve`: an endpoint on this machine, or on the cluster of RAY_ADDRESS."""
+
+import ipaddress
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speechalign.artifacts import is_committed, manifest_facts
+from speechalign.config.align import AlignConfig
+from speechalign.config.load import load_config, read_yaml, validated, with_overrides
+from speechalign.config.serving import ServingConfig
+from speechalign.errors import ConfigError
+from speechalign.pipeline.cluster import connected
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "speechalign"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """What is served, and where."""
+
+    config: ServingConfig
+    host: str
+    port: int
+    name: str = APPLICATION
+
+
+def read_endpoint(
+    file: Path, policy: Path | None, overrides: Sequence[str], listen: str | None
+) -> Endpoint:
+    """Read a file of Ray Serve with one application of ours.
+
+    Args:
+        file: as `serve deploy` takes it.
+        policy: a policy's folder, or a run: then its start is served as `base` and its best
+            policy as `aligned`. None: what the file says.
+        overrides: dotted, of the application's `args`.
+        listen: `HOST:PORT` instead of the file's.
+
+    Raises:
+        ConfigError: the file is no such file, the folder holds no policy, or an endpoint that
+            others can reach has no API keys.
+    """
+    values = read_yaml(file)
+    applications = values.get("applications")
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ConfigError(f"{file} must have `applications` with exactly one of speechalign's")
+    application: dict[str, Any] = applications[0]
+    args = dict(application.get("args") or {})
+    if policy is not None:
+        args["policies"] = {name: {"path": str(path)} for name, path in policies_of(policy).items()}
+    host, port = _address(values.get("http_options") or {}, listen)
+    if not _is_loopback(host):
+        # Somebody else can reach it: what is fine on a laptop would be an open door here.
+        args["access"] = {**args.get("access", {}), "allow_anonymous": False}
+    config = validated(ServingConfig, with_overrides(args, overrides), f"{file}, applications.args")
+    return Endpoint(config=config, host=host, port=port)
+
+
+def _address(http_options: Mapping[str, Any], listen: str | None) -> tuple[str, int]:
+    given = (
+        f"{http_options.get('host', '127.0.0.1')}:{http_options.get('port', 8000)}"
+        if listen is None
+        else listen
+    )
+    host, _, port = given.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ConfigError(f"{given!r} is no address to listen at; write e.g. 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def policies_of(path: Path) -> dict[str, Path]:
+    """Return the policies to serve of a policy's folder or a run.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if is_committed(path) and manifest_facts(path).get("kind") == "ar":
+        return {"policy": path}
+    if (path / "config.yaml").is_file():
+        recipe = load_config(AlignConfig, path / "config.yaml")
+        finished = [
+            path / f"iteration-{number}" / "policy"
+            for number in range(1, recipe.pipeline.iterations + 1)
+        ]
+        if is_committed(path / "best"):
+            finished.append(path / manifest_facts(path / "best")["policy"])
+        aligned = [one for one in finished if is_committed(one)]
+        if aligned:
+            return {"base": recipe.policy, "aligned": aligned[-1]}
+    raise ConfigError(
+        f"{path} holds no policy and is no run with a trained one; give the folder of a policy, "
+        "e.g. runs/demo/iteration-1/policy, or a run, e.g. runs/demo"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def served(endpoint: Endpoint) -> Iterator[str]:
+    """Serve inside the block; yields the address. Streams that are open may finish at the end.
+
+    Raises:
+        ConfigError, DataError: the endpoint could never work; raised before a process is started.
+    """
+    from speechalign.serving.app import build
+
+    application = build(endpoint.config.model_dump(mode="json"))
+    with connected():
+        from ray import serve
+        from ray.serve.config import HTTPOptions
+
+        options = HTTPOptions(host=endpoint.host, port=endpoint.port)
+        serve.start(http_options=options)
+        try:
+            serve.run(application, name=endpoint.name, route_prefix="/")
+            yield f"http://{endpoint.host}:{endpoint.port}"
+        finally:
+            serve.shutdown()
+
+
+def serve_until_told(endpoint: Endpoint) -> None:
+    """Serve until SIGINT or SIGTERM; open streams are finished first."""
+    ended = threading.Event()
+    with served(endpoint) as address:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())  # after ray.init, which sets its own
+        names = ", ".join(endpoint.config.policies)
+        logger.info("speaking at %s (policies: %s); stop with Ctrl-C", address, names)
+        ended.wait()
+        logger.info("finishing open streams, at most %g s", endpoint.config.drain_s)
