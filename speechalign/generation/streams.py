@@ -8,7 +8,7 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +123,7 @@ class AnswerStreams:
 
     async def answer(
         self, prompt_token_ids: Sequence[int], seed: int, params: SamplingParams
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece]:
         """Yield the pieces of an answer as they are made.
 
         Raises:

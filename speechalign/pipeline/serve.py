@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from speechalign.artifacts import is_committed, manifest_facts
@@ -135,8 +136,12 @@ def serve_until_told(endpoint: Endpoint) -> None:
     """Serve until SIGINT or SIGTERM; open streams are finished first."""
     ended = threading.Event()
     with served(endpoint) as address:
+
+        def end(_number: int, _frame: FrameType | None) -> None:
+            ended.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: ended.set())  # after ray.init, which sets its own
+            signal.signal(number, end)  # after ray.init, which sets its own
         names = ", ".join(endpoint.config.policies)
         logger.info("speaking at %s (policies: %s); stop with Ctrl-C", address, names)
         ended.wait()

@@ -6,7 +6,7 @@ A plain FastAPI application; Serve runs it in every replica of the ingress.
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 VOICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PAGE = Path(__file__).with_name("page.html")
 SECURITY_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; style-src 'unsafe-inline'; "
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; media-src blob:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
@@ -87,9 +87,9 @@ class SpeechRoutes:
         return self._streamed(order, first, chunks, held)
 
     def _streamed(
-        self, order: Order, first: bytes, chunks: AsyncIterator[bytes], held: AsyncExitStack
+        self, order: Order, first: bytes, chunks: AsyncGenerator[bytes], held: AsyncExitStack
     ) -> Response:
-        async def rest() -> AsyncIterator[bytes]:
+        async def rest() -> AsyncGenerator[bytes]:
             async with held:
                 yield first
                 async for chunk in chunks:

@@ -6,15 +6,14 @@
 deployment, `speaker-NAME`; Serve calls `PolicySpeaker.reconfigure` in every replica.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
 
 from speechalign.artifacts import manifest_facts
 from speechalign.codec.base import check_fingerprint
@@ -31,6 +30,7 @@ from speechalign.serving.telemetry import Telemetry
 from speechalign.serving.voices import golden_voices
 from speechalign.serving.windows import Heard, Window
 
+Handle: TypeAlias = Any  # ray.serve's DeploymentHandle, whose types do not know streams
 INGRESS, RENDERER = "ingress", "renderer"
 
 
@@ -77,9 +77,7 @@ def check_endpoint(config: ServingConfig) -> None:
         check_fingerprint(facts["codec_fingerprint"], fingerprint, "the codec")
 
 
-def _deployment(
-    cls: type[Any], name: str, replicas: ReplicasConfig, config: ServingConfig
-) -> serve.Deployment:
+def _deployment(cls: type[Any], name: str, replicas: ReplicasConfig, config: ServingConfig) -> Any:
     actor: dict[str, Any] = {"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus}
     if replicas.label_selector:
         actor["label_selector"] = replicas.label_selector
@@ -106,14 +104,14 @@ def _deployment(
 class _Speaker:
     """A policy's deployment behind its handle."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
     async def facts(self) -> Mapping[str, Any]:
         return await self._handle.facts.remote()
 
-    async def speak(self, ask: Ask) -> AsyncIterator[Spoken]:
+    async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
         stream = self._streaming.speak.remote(ask)
         try:
             async for spoken in stream:
@@ -125,7 +123,7 @@ class _Speaker:
 class _Renderer:
     """The renderer's deployment behind its handle."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
     async def render(self, window: Window) -> tuple[NDArray[np.float32], Heard]:
@@ -138,15 +136,15 @@ class _Renderer:
         return await self._handle.encode.remote(clip)
 
 
-@serve.ingress()
+@serve.ingress()  # pyright: ignore[reportUntypedClassDecorator]
 class Ingress:
     """The deployment that speaks HTTP."""
 
     def __init__(
         self,
         config: ServingConfig,
-        speakers: Mapping[str, DeploymentHandle],
-        renderer: DeploymentHandle,
+        speakers: Mapping[str, Handle],
+        renderer: Handle,
     ) -> None:
         self._telemetry = Telemetry()
         policies = {name: _Speaker(handle) for name, handle in speakers.items()}

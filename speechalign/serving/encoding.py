@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import av
+import av.error
+import av.filter
 import numpy as np
 import soxr
 from av.audio.resampler import AudioResampler

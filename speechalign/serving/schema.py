@@ -135,5 +135,6 @@ def parsed(model: type[ModelT], body: bytes) -> ModelT:
 def _integers_as_floats(values: dict[str, Any]) -> dict[str, Any]:
     """Let a JSON number be a float however it is written; a text stays a text."""
     speed = values.get("speed")
-    is_whole = isinstance(speed, int) and not isinstance(speed, bool) and abs(speed) < 1e6
-    return values | {"speed": float(speed)} if is_whole else values
+    if isinstance(speed, int) and not isinstance(speed, bool) and abs(speed) < 1e6:
+        return values | {"speed": float(speed)}
+    return values

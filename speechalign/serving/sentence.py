@@ -1,7 +1,7 @@
 """One sentence on its way out: codes come from the speaker while earlier ones are rendered."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from speechalign.serving.windows import Heard, Schedule, Window
 class Speaker(Protocol):
     """What is asked of a policy's deployment."""
 
-    def speak(self, ask: Ask) -> AsyncIterator[Spoken]:
+    def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
         """Yield codes as they are made; closing the iterator frees the engine's slot."""
         ...
 
@@ -50,7 +50,7 @@ class Sentence:
         """Whether the answer hit the length cap."""
         return self._last is not None and self._last.is_truncated
 
-    async def waves(self) -> AsyncIterator[NDArray[np.float32]]:
+    async def waves(self) -> AsyncGenerator[NDArray[np.float32]]:
         """Yield the sound as soon as it can be heard; waves_N of any length but none.
 
         Raises:

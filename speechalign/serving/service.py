@@ -6,7 +6,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -169,7 +169,7 @@ class SpeechService:
         return media_type(order.request.response_format, self.config.pcm_sample_rate_hz)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
+    async def slot(self) -> AsyncGenerator[None]:
         """Hold one of the streams that this replica serves at once.
 
         Raises:
@@ -190,7 +190,7 @@ class SpeechService:
             self._num_streams -= 1
             self._telemetry.streams.set(self._num_streams)
 
-    async def audio(self, order: Order) -> AsyncIterator[bytes]:
+    async def audio(self, order: Order) -> AsyncGenerator[bytes]:
         """Yield the bytes of the answer, none of them empty.
 
         Raises:
@@ -219,7 +219,7 @@ class SpeechService:
         if rest:
             yield rest
 
-    async def events(self, order: Order) -> AsyncIterator[bytes]:
+    async def events(self, order: Order) -> AsyncGenerator[bytes]:
         """Yield server-sent events: `speech.audio.delta`, then `speech.audio.done`.
 
         A failure after the first one can only be told by an event, `speech.audio.error`.
@@ -245,7 +245,7 @@ class SpeechService:
         }
         yield _event({"type": "speech.audio.done", "usage": usage})
 
-    async def _measured(self, order: Order) -> AsyncIterator[NDArray[np.float32]]:
+    async def _measured(self, order: Order) -> AsyncGenerator[NDArray[np.float32]]:
         tags = {"model": order.request.model.partition("@")[0]}
         started, num_samples, end = time.perf_counter(), 0, "cancelled"
         try:
@@ -270,7 +270,7 @@ class SpeechService:
 
     async def _waves(
         self, order: Order, tags: dict[str, str]
-    ) -> AsyncIterator[NDArray[np.float32]]:
+    ) -> AsyncGenerator[NDArray[np.float32]]:
         """Yield all sentences; while one is heard the next one is spoken."""
         pause_N = np.zeros(round(self.config.streaming.pause_s * order.sample_rate_hz), np.float32)
         spoken = [self._sentence(order, 0)]

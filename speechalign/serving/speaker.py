@@ -1,7 +1,7 @@
 """The deployment that holds the engine: phonemes and a voice in, codec codes out as they come."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class PolicySpeaker:
             "can_choose": self._rewards is not None,
         }
 
-    async def speak(self, ask: Ask) -> AsyncIterator[Spoken]:
+    async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
         """Yield whole frames as they are made; the last one says so.
 
         Raises:
@@ -131,7 +131,7 @@ class PolicySpeaker:
         pieces = [piece async for piece in self._answer(prompt, seed)]
         return [token for piece in pieces for token in piece.token_ids], pieces[-1]
 
-    def _answer(self, prompt: tuple[int, ...], seed: int) -> AsyncIterator[Piece]:
+    def _answer(self, prompt: tuple[int, ...], seed: int) -> AsyncGenerator[Piece]:
         speaking = self._config.speaking
         params = SamplingParams(
             temperature=speaking.temperature,
