@@ -26,7 +26,7 @@ class VoiceRenderer:
         levels = config.rendering.num_levels
         self._windows = WindowRenderer(self._codec, nar, levels, config.streaming)
 
-    def sample_rate_hz(self) -> int:
+    async def sample_rate_hz(self) -> int:
         """Return the rate of all waveforms."""
         return self._codec.sample_rate_hz
 

@@ -87,7 +87,7 @@ class PolicySpeaker:
         if self._streams is not None and self._streams.death is not None:
             raise EngineDead(str(self._streams.death))
 
-    def facts(self) -> dict[str, Any]:
+    async def facts(self) -> dict[str, Any]:
         """Return what people may know of the policy."""
         return {
             "version": self._facts["policy_version"],

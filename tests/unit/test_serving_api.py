@@ -1,0 +1,327 @@
+"""The contract of the speech API: every good request is spoken, every bad one refused exactly."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile as sf
+from starlette.testclient import TestClient
+
+from speechalign.serving.keys import ApiKey
+from speechalign.serving.service import SpeechService
+from tests.serving_stack import AUTHORISED, KEY, LINE, build_service, client_of, serving_config
+
+SPEECH = "/v1/audio/speech"
+VOICES = "/v1/audio/voices"
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> SpeechService:
+    return build_service(serving_config(tmp_path_factory.mktemp("voices") / "uploads"))
+
+
+@pytest.fixture(scope="module")
+def client(service: SpeechService) -> Iterator[TestClient]:
+    with client_of(service) as one:
+        yield one
+
+
+def wave_of(data: bytes) -> tuple[int, int]:
+    samples_N, rate_hz = sf.read(io.BytesIO(data))
+    assert np.abs(samples_N).max() > 0.01
+    return len(samples_N), rate_hz
+
+
+def test_a_text_is_spoken_the_same_whole_or_streamed(client: TestClient):
+    streamed = client.post(SPEECH, json=LINE | {"response_format": "wav"})
+    whole = client.post(SPEECH, json=LINE | {"response_format": "wav", "stream": False})
+    assert streamed.status_code == whole.status_code == 200
+    assert streamed.headers["content-type"] == "audio/wav"
+    assert streamed.headers["x-policy-version"] == "0"
+    length, rate_hz = wave_of(whole.content)
+    assert rate_hz == 16_000
+    assert length % 320 == 0
+    assert wave_of(streamed.content) == (length, rate_hz)
+    assert streamed.content[-2 * length :] == whole.content[-2 * length :]
+
+
+def test_another_seed_speaks_differently_and_the_seed_used_is_told(client: TestClient):
+    unseeded = {key: value for key, value in LINE.items() if key != "seed"}
+    first = client.post(SPEECH, json=unseeded | {"response_format": "pcm"})
+    seed = int(first.headers["x-seed"])
+    again = client.post(SPEECH, json=LINE | {"response_format": "pcm", "seed": seed})
+    other = client.post(SPEECH, json=LINE | {"response_format": "pcm", "seed": seed ^ 1})
+    assert first.content == again.content != other.content
+
+
+def test_pcm_is_24_khz_and_says_so(client: TestClient):
+    answer = client.post(SPEECH, json=LINE | {"response_format": "pcm"})
+    wav = client.post(SPEECH, json=LINE | {"response_format": "wav"})
+    assert answer.headers["content-type"] == "audio/pcm;rate=24000;channels=1"
+    assert len(answer.content) / 2 == wave_of(wav.content)[0] * 1.5
+
+
+def test_speed_shortens_the_speech(client: TestClient):
+    plain, fast = (
+        wave_of(client.post(SPEECH, json=LINE | {"response_format": "wav", "speed": s}).content)[0]
+        for s in (1, 2.0)
+    )
+    assert fast == pytest.approx(plain / 2, abs=1_500)
+
+
+def test_two_sentences_have_a_pause_between_them(client: TestClient, service: SpeechService):
+    pause = round(service.config.streaming.pause_s * 16_000)
+    both = client.post(SPEECH, json=LINE | {"input": "Yes. No.", "response_format": "wav"})
+    samples_N, _ = sf.read(io.BytesIO(both.content))
+    silent = np.convolve(np.abs(samples_N) < 1e-9, np.ones(pause), "valid")
+    assert silent.max() == pause
+
+
+def test_events_carry_the_audio_and_end_with_the_usage(client: TestClient):
+    asked = LINE | {"response_format": "wav", "stream_format": "sse"}
+    answer = client.post(SPEECH, json=asked)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n\n") if line]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert [event["type"] for event in events[:-1]] == ["speech.audio.delta"] * (len(events) - 1)
+    assert events[-1]["type"] == "speech.audio.done"
+    audio = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
+    length, _ = wave_of(audio)
+    usage = events[-1]["usage"]
+    assert usage["output_tokens"] == length / 320
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+def refused(answer: Any) -> tuple[int, str | None, str | None]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return answer.status_code, error["param"], error["code"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"input": ""}, (400, "input", "invalid_value")),
+        ({"input": "x" * 4097}, (400, "input", "input_too_long")),
+        ({"input": 5}, (400, "input", "invalid_value")),
+        ({"input": "hi \U0001f600"}, (400, "input", "unspeakable_text")),
+        ({"input": "\u4f60\u597d"}, (400, "input", "unspeakable_text")),
+        ({"input": " ... "}, (400, "input", "unspeakable_text")),
+        ({"voice": "nobody"}, (400, "voice", "unknown_voice")),
+        ({"voice": "../alloy"}, (400, "voice", "unknown_voice")),
+        ({"voice": {"id": "nobody"}}, (400, "voice", "unknown_voice")),
+        ({"voice": 3}, (400, "voice.str", "invalid_value")),
+        ({"model": "gpt-4o-mini-tts"}, (404, "model", "model_not_found")),
+        ({"model": "base@7"}, (404, "model", "model_not_found")),
+        ({"response_format": "ogg"}, (400, "response_format", "invalid_value")),
+        ({"speed": 0.2}, (400, "speed", "invalid_value")),
+        ({"speed": 4.1}, (400, "speed", "invalid_value")),
+        ({"speed": "fast"}, (400, "speed", "invalid_value")),
+        ({"speed": "1.0"}, (400, "speed", "invalid_value")),
+        ({"speed": None}, (400, "speed", "invalid_value")),
+        ({"stream_format": "json"}, (400, "stream_format", "invalid_value")),
+        ({"n_best": 0}, (400, "n_best", "invalid_value")),
+        ({"n_best": 2}, (400, "n_best", "no_reward_model")),
+        ({"seed": -1}, (400, "seed", "invalid_value")),
+        ({"pitch": 1}, (400, "pitch", "invalid_value")),
+    ],
+)
+def test_a_value_that_cannot_be_served_is_named(
+    client: TestClient, change: dict[str, Any], expected: tuple[int, str, str]
+):
+    assert refused(client.post(SPEECH, json=LINE | change)) == expected
+
+
+@pytest.mark.parametrize("field", ["model", "input", "voice"])
+def test_a_missing_field_is_named(client: TestClient, field: str):
+    body = {key: value for key, value in LINE.items() if key != field}
+    assert refused(client.post(SPEECH, json=body)) == (400, field, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "bad_json"),
+        (b"", 400, "bad_json"),
+        (b"[]", 400, "bad_json"),
+        (b"\xff\xfe", 400, "bad_json"),
+        (b"[" * 30_000, 400, "bad_json"),
+        (b'{"model": "base", "voice": "alloy", "input": "a", "speed": NaN}', 400, "invalid_value"),
+        (b'{"input": "' + b"a" * 50_000 + b'"}', 413, "body_too_large"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(
+    client: TestClient, body: bytes, status: int, code: str
+):
+    answer = client.post(SPEECH, content=body, headers={"Content-Type": "application/json"})
+    assert refused(answer)[::2] == (status, code)
+
+
+def test_a_body_of_200_mb_is_refused_before_it_is_read(client: TestClient):
+    headers = {"Content-Type": "application/json", "Content-Length": "200000000"}
+    answer = client.post(SPEECH, content=b"{}", headers=headers)
+    assert refused(answer) == (413, None, "body_too_large")
+
+
+def test_a_body_longer_than_it_said_is_cut_while_it_is_read(client: TestClient):
+    def endless() -> Iterator[bytes]:
+        for _ in range(100):
+            yield b"a" * 10_000
+
+    answer = client.post(SPEECH, content=endless(), headers={"Content-Type": "application/json"})
+    assert refused(answer) == (413, None, "body_too_large")
+
+
+def test_another_content_type_is_refused(client: TestClient):
+    answer = client.post(SPEECH, content=b"a=1", headers={"Content-Type": "text/plain"})
+    assert refused(answer) == (415, None, "bad_type")
+
+
+@pytest.mark.parametrize("path", ["/v1/models", VOICES, "/v1/models/base"])
+def test_without_a_key_nothing_is_told(service: SpeechService, path: str):
+    with client_of(service, ApiKey(name="me", key=KEY)) as guarded:
+        assert refused(guarded.get(path)) == (401, None, "invalid_api_key")
+        assert refused(guarded.post(SPEECH, json=LINE)) == (401, None, "invalid_api_key")
+        assert guarded.get(f"/v1/models?api_key={KEY}").status_code == 401
+        assert guarded.get(path, headers=AUTHORISED).status_code == 200
+        assert guarded.get("/health").status_code == guarded.get("/").status_code == 200
+
+
+def test_a_key_may_have_limits_of_its_own(service: SpeechService):
+    strict = ApiKey(name="me", key=KEY, max_input_characters=5, max_upload_bytes=100)
+    with client_of(service, strict) as guarded:
+        answer = guarded.post(SPEECH, json=LINE, headers=AUTHORISED)
+        assert refused(answer) == (400, "input", "input_too_long")
+        answer = upload(guarded, clip(3.0), headers=AUTHORISED)
+        assert refused(answer) == (413, None, "body_too_large")
+
+
+def test_too_many_streams_are_told_to_come_back(tmp_path: Path):
+    config = serving_config(tmp_path, limits={"max_streams": 1, "retry_after_s": 7})
+    service = build_service(config)
+    with client_of(service) as crowded, crowded.stream("POST", SPEECH, json=LINE) as open_one:
+        assert open_one.status_code == 200
+        answer = crowded.post(SPEECH, json=LINE)
+        assert refused(answer) == (200, None, None) or answer.headers["Retry-After"] == "7"
+        assert refused(answer) == (429, None, "overloaded")
+
+
+def test_models_and_voices_are_listed(client: TestClient):
+    models = client.get("/v1/models").json()
+    assert models["object"] == "list"
+    assert [(model["id"], model["version"]) for model in models["data"]] == [("base", 0)]
+    assert client.get("/v1/models/base").json() == models["data"][0]
+    assert refused(client.get("/v1/models/none")) == (404, "model", "model_not_found")
+    names = [voice["id"] for voice in client.get(VOICES).json()["data"]]
+    assert {"alloy", "hibari-h00", "allison"} <= set(names)
+
+
+def test_unknown_paths_and_methods_have_errors_of_the_same_shape(client: TestClient):
+    assert refused(client.get("/v1/nothing")) == (404, None, "not_found")
+    answer = client.get(SPEECH)
+    assert refused(answer) == (405, None, "not_found")
+    assert answer.headers["allow"] == "POST"
+
+
+def test_every_answer_has_the_id_of_its_request(client: TestClient):
+    assert client.get("/health", headers={"X-Request-Id": "abc"}).headers["x-request-id"] == "abc"
+    made = client.get("/health", headers={"X-Request-Id": "a\tb"}).headers["x-request-id"]
+    assert len(made) == 32
+    assert client.post(SPEECH, content=b"{").headers["x-request-id"]
+
+
+def test_the_page_is_there_and_loads_nothing_from_elsewhere(client: TestClient):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
+def clip(seconds: float, *, level: float = 0.5, container: str = "WAV", rate: int = 22_050) -> bytes:
+    count = int(seconds * rate)
+    rng = np.random.default_rng(0)
+    tone_N = np.sin(2 * np.pi * 150 * np.arange(count) / rate) + 0.1 * rng.standard_normal(count)
+    file = io.BytesIO()
+    sf.write(file, level * tone_N / max(np.abs(tone_N).max(initial=1e-9), 1e-9), rate,
+             format=container)  # fmt: skip
+    return file.getvalue()
+
+
+def upload(
+    client: TestClient,
+    audio: bytes,
+    *,
+    name: str = "mine",
+    consent: str = "true",
+    headers: dict[str, str] | None = None,
+) -> Any:
+    files = {"audio_sample": ("../../etc/clip.wav", audio, "audio/wav")}
+    fields = {"name": name, "consent": consent}
+    return client.post(VOICES, data=fields, files=files, headers=headers)
+
+
+def test_an_uploaded_voice_can_be_spoken_with_and_deleted(client: TestClient):
+    answer = upload(client, clip(3.0), name="tone")
+    assert answer.status_code == 200
+    assert answer.json()["id"] == "tone"
+    assert refused(upload(client, clip(3.0), name="tone")) == (409, "name", "voice_exists")
+    assert "tone" in [voice["id"] for voice in client.get(VOICES).json()["data"]]
+    spoken = client.post(SPEECH, json=LINE | {"voice": {"id": "tone"}, "response_format": "wav"})
+    assert spoken.status_code == 200
+    assert client.delete(f"{VOICES}/tone").json()["deleted"] is True
+    assert refused(client.delete(f"{VOICES}/tone")) == (404, "voice", "unknown_voice")
+    assert refused(client.post(SPEECH, json=LINE | {"voice": "tone"}))[0] == 400
+
+
+def bomb() -> bytes:
+    """43 kB of FLAC that are two minutes of silence in two channels at 96 kHz."""
+    file = io.BytesIO()
+    sf.write(file, np.zeros((120 * 96_000, 2), np.int16), 96_000, format="FLAC")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("audio", "says"),
+    [
+        (b"not audio at all", "no WAV, FLAC, OGG or MP3"),
+        (b"", "no WAV, FLAC, OGG or MP3"),
+        (clip(0.1), "2.5 to 30 s long"),
+        (clip(31.0, rate=8_000), "2.5 to 30 s long"),
+        (clip(3.0, level=0.0), "silent"),
+        (clip(3.0, container="AIFF"), "not one of WAV, FLAC, OGG, MP3"),
+        (clip(3.0, rate=4_000), "8000 to 96000 Hz"),
+        (bomb(), "2.5 to 30 s long"),
+    ],
+    ids=["text", "empty", "short", "long", "silent", "aiff", "low rate", "bomb"],
+)
+def test_a_clip_that_cannot_be_used_is_refused_with_the_reason(
+    client: TestClient, audio: bytes, says: str
+):
+    answer = upload(client, audio)
+    assert refused(answer) == (400, "audio_sample", "unusable_clip")
+    assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["../mine", "", ".", "..", "a/b", "a\x00b", "x" * 65, ".hidden"])
+def test_a_name_that_could_leave_the_folder_is_refused(client: TestClient, name: str):
+    assert refused(upload(client, clip(3.0), name=name)) == (400, "name", "invalid_value")
+
+
+def test_without_consent_no_voice_is_made(client: TestClient):
+    assert refused(upload(client, clip(3.0), consent="no")) == (400, "consent", "no_consent")
+
+
+def test_an_upload_that_is_no_form_or_too_large_is_refused(client: TestClient):
+    assert refused(client.post(VOICES, json={"name": "x"})) == (415, None, "bad_type")
+    headers = {"Content-Type": "multipart/form-data"}
+    assert refused(client.post(VOICES, content=b"x", headers=headers)) == (400, None, "bad_form")
+    large = upload(client, b"x" * 2_100_000)
+    assert refused(large) == (413, None, "body_too_large")
+    assert refused(client.post(VOICES, data={"name": "a", "consent": "true"}))[0] in (400, 415)
