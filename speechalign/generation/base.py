@@ -28,6 +28,8 @@ class SamplingParams:
     max_new_tokens: int
     eos_id: int
     """Ends an answer, and is part of it."""
+    allowed_ids: tuple[int, ...] | None = None
+    """The only tokens that may be drawn; none: all of the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

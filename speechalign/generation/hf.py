@@ -181,6 +181,10 @@ def processed_logprobs(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     probability reaches `top_p`: the order of vLLM. Tokens that cannot be drawn have -inf.
     """
     logits_BV = logits_BV.float() / (params.temperature or 1.0)
+    if params.allowed_ids is not None:
+        allowed_V = torch.zeros(logits_BV.shape[-1], dtype=torch.bool, device=logits_BV.device)
+        allowed_V[list(params.allowed_ids)] = True
+        logits_BV = logits_BV.masked_fill(~allowed_V, -torch.inf)
     if params.top_k:
         kept_BK = logits_BV.topk(min(params.top_k, logits_BV.shape[-1]), dim=-1).values
         logits_BV = logits_BV.masked_fill(logits_BV < kept_BK[:, -1:], -torch.inf)

@@ -153,6 +153,7 @@ class VllmEngine:
             seed=seed if params.temperature else None,
             detokenize=False,
             logprobs=0,
+            allowed_token_ids=None if params.allowed_ids is None else list(params.allowed_ids),
         )
 
 

@@ -44,6 +44,11 @@ class Vocabulary:
         )
 
     @property
+    def code_ids(self) -> range:
+        """The ids of all codes."""
+        return range(FIRST_CODE_ID, FIRST_CODE_ID + self.num_codebooks * self.codebook_size)
+
+    @property
     def size(self) -> int:
         """The number of ids, padded to a multiple of 64."""
         used = FIRST_CODE_ID + self.num_codebooks * self.codebook_size + len(self.symbols)

@@ -75,6 +75,8 @@ class PolicySpeaker:
         self._served = served
         self._facts = manifest_facts(served.path)
         self._vocabulary = Vocabulary.load(served.path / VOCABULARY)
+        # A word among the codes is no sound; short texts make a policy say one now and then.
+        self._allowed_ids = (EOS_ID, *self._vocabulary.code_ids)
         if served.reward_model is not None:
             self._rewards = load_reward_model(served.reward_model)
 
@@ -139,6 +141,7 @@ class PolicySpeaker:
             top_k=speaking.top_k,
             max_new_tokens=speaking.max_new_tokens,
             eos_id=EOS_ID,
+            allowed_ids=self._allowed_ids,
         )
         assert self._streams is not None  # noqa: S101 - Serve configured it first
         return self._streams.answer(prompt, seed, params)
