@@ -4,9 +4,10 @@ import ipaddress
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +22,8 @@ from speechalign.pipeline.cluster import connected
 logger = logging.getLogger(__name__)
 
 APPLICATION = "speechalign"
+POLL_S = 0.2
+IMPORT_PATH = "speechalign.serving.app:build"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,41 @@ class Endpoint:
     config: ServingConfig
     host: str
     port: int
-    name: str = APPLICATION
+    swapped: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    """Policies that take the place of the config's, in the processes that serve already."""
+
+    @property
+    def address(self) -> str:
+        """Where clients find it."""
+        return f"http://{self.host}:{self.port}"
+
+    def with_policy(self, name: str, path: Path) -> "Endpoint":
+        """Return the endpoint with another policy under a name it has already."""
+        return replace(self, swapped={**self.swapped, name: path})
+
+    def to_serve(self) -> dict[str, Any]:
+        """Return the file that `serve deploy` would be given."""
+        deployments = [
+            {
+                "name": f"speaker-{name}",
+                "user_config": self.config.policies[name]
+                .model_copy(update={"path": path})
+                .model_dump(mode="json"),
+            }
+            for name, path in self.swapped.items()
+        ]
+        application = {
+            "name": APPLICATION,
+            "route_prefix": "/",
+            "import_path": IMPORT_PATH,
+            "args": self.config.model_dump(mode="json"),
+            "deployments": deployments,
+        }
+        return {
+            "proxy_location": "HeadOnly",
+            "http_options": {"host": self.host, "port": self.port},
+            "applications": [application],
+        }
 
 
 def read_endpoint(
@@ -62,7 +99,36 @@ def read_endpoint(
         # Somebody else can reach it: what is fine on a laptop would be an open door here.
         args["access"] = {**args.get("access", {}), "allow_anonymous": False}
     config = validated(ServingConfig, with_overrides(args, overrides), f"{file}, applications.args")
-    return Endpoint(config=config, host=host, port=port)
+    return Endpoint(config=_resolved(config), host=host, port=port)
+
+
+def _resolved(config: ServingConfig) -> ServingConfig:
+    """Return the config with paths that mean the same in every process of this machine."""
+    policies = {
+        name: policy.model_copy(
+            update={
+                "path": policy.path.resolve(),
+                "reward_model": policy.reward_model and policy.reward_model.resolve(),
+            }
+        )
+        for name, policy in config.policies.items()
+    }
+    voices = config.voices.model_copy(
+        update={
+            "golden": config.voices.golden.resolve(),
+            "uploads": config.voices.uploads and config.voices.uploads.resolve(),
+        }
+    )
+    access = config.access.model_copy(
+        update={"keys_file": config.access.keys_file and config.access.keys_file.resolve()}
+    )
+    changed = {
+        "policies": policies,
+        "voices": voices,
+        "access": access,
+        "nar": config.nar.resolve(),
+    }
+    return config.model_copy(update=changed)
 
 
 def _address(http_options: Mapping[str, Any], listen: str | None) -> tuple[str, int]:
@@ -110,32 +176,56 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def served(endpoint: Endpoint) -> Iterator[str]:
+def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
     """Serve inside the block; yields the address. Streams that are open may finish at the end.
+
+    Args:
+        endpoint: what to serve. When an application is there already it is updated: a policy of
+            `swapped` is loaded in place, anything else rolls over to new processes.
+        stays: what is served goes on after the block.
 
     Raises:
         ConfigError, DataError: the endpoint could never work; raised before a process is started.
     """
-    from speechalign.serving.app import build
+    from speechalign.serving.app import check_endpoint
 
-    application = build(endpoint.config.model_dump(mode="json"))
+    check_endpoint(endpoint.config)
     with connected():
         from ray import serve
-        from ray.serve.config import HTTPOptions
 
-        options = HTTPOptions(host=endpoint.host, port=endpoint.port)
-        serve.start(http_options=options)
         try:
-            serve.run(application, name=endpoint.name, route_prefix="/")
-            yield f"http://{endpoint.host}:{endpoint.port}"
+            _deploy(endpoint)
+            yield endpoint.address
         finally:
-            serve.shutdown()
+            if not stays:
+                serve.shutdown()
+
+
+def _deploy(endpoint: Endpoint) -> None:
+    """Do what `serve deploy` does, without its dashboard; the one place with private names."""
+    from ray import serve
+    from ray.serve import context
+    from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(endpoint.to_serve())
+    options = schema.http_options or HTTPOptionsSchema()
+    serve.start(proxy_location="HeadOnly", http_options=options.model_dump(exclude_unset=True))
+    client: Any = context._get_global_client()  # pyright: ignore[reportPrivateUsage]
+    client.deploy_apps(schema)
+    while True:
+        application = serve.status().applications.get(APPLICATION)
+        status = application.status if application else "NOT_STARTED"
+        if status == "RUNNING":
+            return
+        if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ConfigError(f"the endpoint did not start: {application.message}")
+        time.sleep(POLL_S)
 
 
 def serve_until_told(endpoint: Endpoint) -> None:
     """Serve until SIGINT or SIGTERM; open streams are finished first."""
     ended = threading.Event()
-    with served(endpoint) as address:
+    with deployed(endpoint) as address:
 
         def end(_number: int, _frame: FrameType | None) -> None:
             ended.set()

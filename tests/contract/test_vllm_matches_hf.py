@@ -1,5 +1,6 @@
 """One policy, two engines: the same log-probabilities, and the same answers for the same seeds."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +15,9 @@ from speechalign.config.policy import ArConfig
 from speechalign.config.sampling import TransformersConfig, VllmConfig
 from speechalign.generation.base import Engine, GenerationRequest, SamplingParams
 from speechalign.generation.build import build_generation_engine
+from speechalign.generation.hf import TransformersEngine
+from speechalign.generation.streams import AnswerStreams
+from speechalign.generation.vllm import VllmEngine
 from speechalign.policy.ar import build_ar, load_ar, save_ar
 from speechalign.policy.logprobs import answer_logprobs
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
@@ -124,3 +128,27 @@ def test_new_weights_in_place_answer_as_their_own_trainer_would(
         assert largest_difference(vllm_engine, folders[1]) <= 1e-4
     finally:
         vllm_engine.load_policy(folders[0])
+
+
+def test_answers_made_step_by_step_are_those_of_a_whole_batch(
+    vllm_engine: VllmEngine | TransformersEngine, folders: tuple[Path, Path]
+) -> None:
+    params = replace(PARAMS, allowed_ids=(EOS_ID, *range(8, 40)))
+    requests = [replace(request, seeds=request.seeds[:1]) for request in some_requests()]
+    reference = build_generation_engine(folders[0], TransformersConfig(max_model_len=128))
+    expected = [list(group[0].token_ids) for group in reference.generate(requests, params)]
+    assert {token for answer in expected for token in answer} <= set(params.allowed_ids or ())
+    streams = AnswerStreams(vllm_engine)
+
+    async def answers() -> list[list[int]]:
+        async def one(request: GenerationRequest) -> list[int]:
+            pieces = streams.answer(request.prompt_token_ids, request.seeds[0], params)
+            return [token async for piece in pieces for token in piece.token_ids]
+
+        left = streams.answer(requests[0].prompt_token_ids, 0, params)
+        await anext(left)
+        await left.aclose()  # its slot is free again, and nobody else's answer changes
+        return await asyncio.gather(*map(one, requests))
+
+    assert asyncio.run(answers()) == expected
+    streams.close()

@@ -111,3 +111,9 @@ def test_top_k_keeps_the_likeliest_and_renormalises() -> None:
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     assert probabilities(top_p=0.6) == pytest.approx([0.625, 0.0, 0.375, 0.0])
+
+
+def test_tokens_that_are_not_allowed_are_never_drawn() -> None:
+    logits_BV = torch.tensor([[0.0, 5.0, 1.0, 1.0]])
+    logprobs_BV = processed_logprobs(logits_BV, replace(PARAMS, allowed_ids=(2, 3)))
+    assert logprobs_BV.exp().tolist() == [[0.0, 0.0, 0.5, 0.5]]

@@ -248,7 +248,9 @@ def test_the_page_is_there_and_loads_nothing_from_elsewhere(client: TestClient):
     assert "https://" not in page.text
 
 
-def clip(seconds: float, *, level: float = 0.5, container: str = "WAV", rate: int = 22_050) -> bytes:
+def clip(
+    seconds: float, *, level: float = 0.5, container: str = "WAV", rate: int = 22_050
+) -> bytes:
     count = int(seconds * rate)
     rng = np.random.default_rng(0)
     tone_N = np.sin(2 * np.pi * 150 * np.arange(count) / rate) + 0.1 * rng.standard_normal(count)

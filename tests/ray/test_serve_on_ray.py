@@ -1,0 +1,208 @@
+"""The endpoint as people run it: Serve, vLLM, the official OpenAI client, and things that break."""
+
+import io
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import openai
+import psutil
+import pytest
+import soundfile as sf
+import yaml
+
+from speechalign.pipeline.serve import deployed, read_endpoint
+from speechalign.policy.ar import load_ar, save_ar
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+KEY = "a-key-for-the-tests"
+AUTHORISED = {"Authorization": f"Bearer {KEY}"}
+LONG = "The harbour was quiet in the morning. " * 6
+MAX_STREAMS = 2
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def another_policy(folder: Path) -> Path:
+    policy = load_ar(Path("speechalign/assets/ar"))
+    save_ar(folder, policy.model, policy.vocabulary, dict(policy.facts) | {"policy_version": 1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serve_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped file, as a team would change it."""
+    folder = tmp_path_factory.mktemp("serve")
+    values: dict[str, Any] = yaml.safe_load(Path("jobs/serve-embedded-cpu.yaml").read_text())
+    (folder / "keys.yaml").write_text(f"- {{name: team, key: {KEY}}}\n")
+    values["http_options"]["port"] = free_port()
+    args = values["applications"][0]["args"]
+    for name in ("nar",):
+        args[name] = str(Path(args[name]).resolve())
+    args["policies"]["base"]["path"] = str(Path("speechalign/assets/ar").resolve())
+    args["voices"]["golden"] = str(Path("speechalign/assets/golden.parquet").resolve())
+    args["voices"]["uploads"] = str(folder / "voices")
+    args["access"] = {"keys_file": str(folder / "keys.yaml")}
+    args["limits"] = {"max_streams": MAX_STREAMS}
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def address(serve_file: Path) -> Iterator[str]:
+    with deployed(read_endpoint(serve_file, None, [], None)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as one:
+        yield one
+
+
+def speech(**changes: Any) -> dict[str, Any]:
+    return {"model": "base", "voice": "alloy", "input": "Good morning.", "extra_body": {"seed": 3},
+            **changes}  # fmt: skip
+
+
+def num_decoded(data: bytes) -> int:
+    """Return the samples of a file, as FFmpeg counts them."""
+    with av.open(io.BytesIO(data)) as container:
+        return sum(frame.samples for frame in container.decode(audio=0))
+
+
+def test_the_official_client_gets_every_format_as_long_as_it_should_be(client: openai.OpenAI):
+    wav = client.audio.speech.create(**speech(response_format="wav")).content
+    length = len(sf.read(io.BytesIO(wav))[0])
+    assert length % 320 == 0
+    for name in ("mp3", "opus", "flac", "wav"):
+        body = {"seed": 3, "stream": False}
+        whole = client.audio.speech.create(**speech(response_format=name, extra_body=body)).content
+        assert len(sf.read(io.BytesIO(whole))[0]) == length, name
+    pcm = client.audio.speech.create(**speech(response_format="pcm")).content
+    assert len(pcm) == 2 * length * 1.5
+    aac = client.audio.speech.create(**speech(response_format="aac")).content
+    assert 0 <= num_decoded(aac) - length < 2_048
+
+
+def test_the_official_client_streams_every_format(client: openai.OpenAI):
+    lengths: dict[str, int] = {}
+    for name in ("wav", "opus", "mp3", "aac", "flac"):
+        asked = speech(
+            response_format=name, extra_body={"seed": 3, "stream": True}, input=LONG[:75]
+        )
+        with client.audio.speech.with_streaming_response.create(**asked) as answer:
+            chunks = list(answer.iter_bytes(chunk_size=None))
+        assert len(chunks) > 3, name
+        lengths[name] = num_decoded(b"".join(chunks)) // (3 if name == "opus" else 1)
+    wav = lengths.pop("wav")
+    assert lengths["opus"] == lengths["flac"] == wav
+    assert 0 < lengths["mp3"] - wav < 1_500
+    assert 0 <= lengths["aac"] - wav < 2_048
+
+
+def test_the_official_client_understands_our_refusals(client: openai.OpenAI, address: str):
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.audio.speech.create(**speech(model="tts-1"))
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as unspeakable:
+        client.audio.speech.create(**speech(input="\U0001f600"))
+    assert unspeakable.value.param == "input"
+    stranger = openai.OpenAI(base_url=f"{address}/v1", api_key="not-a-known-key", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+    assert [model.id for model in client.models.list()] == ["base"]
+
+
+def open_stream(http: httpx.Client, text: str = LONG) -> Iterator[bytes]:
+    body = {"model": "base", "voice": "alloy", "input": text, "response_format": "pcm"}
+    with http.stream("POST", "/v1/audio/speech", json=body, headers=AUTHORISED) as answer:
+        yield str(answer.status_code).encode()
+        yield from answer.iter_raw()
+
+
+def test_streams_beyond_the_limit_are_told_to_come_back_and_a_client_that_leaves_frees_its_place(
+    address: str,
+):
+    with httpx.Client(base_url=address, timeout=60) as http:
+        streams = [open_stream(http) for _ in range(MAX_STREAMS)]
+        assert [next(stream) for stream in streams] == [b"200"] * MAX_STREAMS
+        refused = open_stream(http)
+        assert next(refused) == b"429"
+        streams[0].close()
+        deadline = time.monotonic() + 20
+        while next(again := open_stream(http, "Good morning.")) != b"200":
+            again.close()
+            assert time.monotonic() < deadline, "the place was never freed"
+            time.sleep(0.2)
+        assert sum(map(len, again)) > 0
+        assert sum(map(len, streams[1])) > 0
+
+
+def replica_of(deployment: str) -> psutil.Process:
+    name = f"ServeReplica:speechalign:{deployment}"
+    found = [one for one in psutil.process_iter(["cmdline"])
+             if name in " ".join(one.info["cmdline"] or []) and is_ours(one)]  # fmt: skip
+    assert len(found) == 1, found
+    return found[0]
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether it belongs to this test's Ray: other runs may share the machine."""
+    import ray
+
+    session = ray.get_runtime_context().get_node_id()
+    return session in " ".join(process.environ().values())
+
+
+def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
+    address: str, serve_file: Path, tmp_path: Path
+):
+    before = replica_of("speaker-base").pid
+    with httpx.Client(base_url=address, timeout=60) as http:
+        stream = open_stream(http)
+        assert next(stream) == b"200"
+        next(stream)
+        swapped = read_endpoint(serve_file, None, [], None).with_policy(
+            "base", another_policy(tmp_path / "next")
+        )
+        with deployed(swapped, stays=True):
+            assert sum(map(len, stream)) > 0
+            models = http.get("/v1/models", headers=AUTHORISED).json()["data"]
+            assert [(model["id"], model["version"]) for model in models] == [("base", 1)]
+            spoken = open_stream(http, "Good morning.")
+            assert next(spoken) == b"200"
+            assert sum(map(len, spoken)) > 0
+    assert replica_of("speaker-base").pid == before
+
+
+def test_when_a_replica_dies_its_stream_ends_visibly_and_the_next_request_is_served(address: str):
+    with httpx.Client(base_url=address, timeout=60) as http:
+        stream = open_stream(http)
+        assert next(stream) == b"200"
+        next(stream)
+        os.kill(replica_of("speaker-base").pid, signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            for _ in stream:
+                pass
+        died = time.monotonic()
+        statuses: list[bytes] = []
+        while not statuses or statuses[-1] != b"200":
+            again = open_stream(http, "Good morning.")
+            statuses.append(next(again))
+            again.close()
+            assert time.monotonic() - died < 120, statuses
+            time.sleep(0.2)
+    assert set(statuses) <= {b"200", b"500", b"503", b"504"}
