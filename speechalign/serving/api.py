@@ -35,7 +35,8 @@ VOICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PAGE = Path(__file__).with_name("page.html")
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; media-src blob:; frame-ancestors 'none'",
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; media-src blob:; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
 

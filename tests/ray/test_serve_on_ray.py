@@ -48,10 +48,6 @@ def serve_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "keys.yaml").write_text(f"- {{name: team, key: {KEY}}}\n")
     values["http_options"]["port"] = free_port()
     args = values["applications"][0]["args"]
-    for name in ("nar",):
-        args[name] = str(Path(args[name]).resolve())
-    args["policies"]["base"]["path"] = str(Path("speechalign/assets/ar").resolve())
-    args["voices"]["golden"] = str(Path("speechalign/assets/golden.parquet").resolve())
     args["voices"]["uploads"] = str(folder / "voices")
     args["access"] = {"keys_file": str(folder / "keys.yaml")}
     args["limits"] = {"max_streams": MAX_STREAMS}
@@ -109,7 +105,7 @@ def test_the_official_client_streams_every_format(client: openai.OpenAI):
         lengths[name] = num_decoded(b"".join(chunks)) // (3 if name == "opus" else 1)
     wav = lengths.pop("wav")
     assert lengths["opus"] == lengths["flac"] == wav
-    assert 0 < lengths["mp3"] - wav < 1_500
+    assert 0 < lengths["mp3"] - wav < 2_304
     assert 0 <= lengths["aac"] - wav < 2_048
 
 
@@ -163,8 +159,12 @@ def is_ours(process: psutil.Process) -> bool:
     """Whether it belongs to this test's Ray: other runs may share the machine."""
     import ray
 
-    session = ray.get_runtime_context().get_node_id()
-    return session in " ".join(process.environ().values())
+    return ray.get_runtime_context().get_node_id() in process.environ().values()
+
+
+def version_of(http: httpx.Client) -> int:
+    (model,) = http.get("/v1/models", headers=AUTHORISED).json()["data"]
+    return model["version"]
 
 
 def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
@@ -180,8 +180,10 @@ def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
         )
         with deployed(swapped, stays=True):
             assert sum(map(len, stream)) > 0
-            models = http.get("/v1/models", headers=AUTHORISED).json()["data"]
-            assert [(model["id"], model["version"]) for model in models] == [("base", 1)]
+            deadline = time.monotonic() + 30
+            while version_of(http) != 1:
+                assert time.monotonic() < deadline, "the policy was never swapped"
+                time.sleep(0.2)
             spoken = open_stream(http, "Good morning.")
             assert next(spoken) == b"200"
             assert sum(map(len, spoken)) > 0

@@ -57,7 +57,7 @@ def test_streamed_flac_has_all_samples_though_its_header_does_not_know_how_many(
 
 def test_streamed_mp3_is_longer_by_the_padding_of_its_encoder():
     samples_N, _ = sf.read(io.BytesIO(b"".join(encoded("mp3", whole=False))))
-    assert 0 < len(samples_N) - NUM_SAMPLES < 1_500
+    assert 0 < len(samples_N) - NUM_SAMPLES < 2_304
 
 
 def test_aac_is_padded_to_frames_of_1024_samples():
