@@ -2,8 +2,9 @@
 
 A file whose end is known when its header is written can say how long it is: mp3 and flac need
 that for a length that is exact to the sample. Sent while it is made, mp3 carries the encoder's
-padding (less than 2,304 samples, its frames have 576), and flac says that its length is unknown, which libsndfile's
-one-call readers refuse. aac (ADTS) is padded to whole frames of 1,024 samples either way.
+padding (less than 2,304 samples; its frames have 576), and flac says that its length is unknown,
+which libsndfile's one-call readers refuse. aac (ADTS) is padded to whole frames of 1,024 samples
+either way.
 
 Shapes: N samples of one channel.
 """
