@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -192,6 +194,28 @@ def serve(
         out.print(dump_yaml(endpoint.config), soft_wrap=True, markup=False)
         raise typer.Exit(0)
     serve_until_told(endpoint)
+
+
+@bench.command("serve")
+def bench_serve(
+    policy: Annotated[
+        Path | None, typer.Argument(help="A policy's folder, or a run; none: what the file says.")
+    ] = None,
+    *,
+    config: Annotated[Path, typer.Option(help="A file of Ray Serve.")] = Path(
+        "jobs/serve-embedded-cpu.yaml"
+    ),
+    clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Of each of three measurements.")] = 120.0,
+    output: Annotated[Path | None, typer.Option(help="A JSON file to write, too.")] = None,
+) -> None:
+    """Measure an endpoint: one client, many, and the same engine without HTTP and Serve."""
+    from speechalign.pipeline import bench as benchmarks
+    from speechalign.pipeline.serve import read_endpoint
+
+    endpoint = read_endpoint(config, policy, [], None)
+    result = benchmarks.bench_serve(endpoint, num_clients=clients, seconds=seconds)
+    out.print(benchmarks.write_bench(result, output), soft_wrap=True, markup=False)
 
 
 def _run_until(

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def speech(**changes: Any) -> dict[str, Any]:
 
 def num_decoded(data: bytes) -> int:
     """Return the samples of a file, as FFmpeg counts them."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return sum(frame.samples for frame in container.decode(audio=0))
 
 
@@ -122,7 +122,7 @@ def test_the_official_client_understands_our_refusals(client: openai.OpenAI, add
     assert [model.id for model in client.models.list()] == ["base"]
 
 
-def open_stream(http: httpx.Client, text: str = LONG) -> Iterator[bytes]:
+def open_stream(http: httpx.Client, text: str = LONG) -> Generator[bytes]:
     body = {"model": "base", "voice": "alloy", "input": text, "response_format": "pcm"}
     with http.stream("POST", "/v1/audio/speech", json=body, headers=AUTHORISED) as answer:
         yield str(answer.status_code).encode()

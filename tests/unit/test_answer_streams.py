@@ -138,7 +138,7 @@ def test_a_swap_to_no_policy_is_an_error_for_who_asked_and_nobody_else():
 def test_a_prompt_that_does_not_fit_fails_alone():
     streams = AnswerStreams(ScriptedEngine())
 
-    async def run() -> list[object]:
+    async def run() -> tuple[object, object]:
         return await asyncio.gather(
             tokens_of(streams, (1,) * 9), tokens_of(streams), return_exceptions=True
         )
@@ -160,9 +160,10 @@ def test_when_the_engine_dies_everybody_who_waits_is_told_and_later_ones_at_once
         await asyncio.sleep(0.1)
         engine.dies = True
         engine.may_step.set()
-        told = await asyncio.gather(*answers, swap, return_exceptions=True)
-        late = await asyncio.gather(tokens_of(streams), return_exceptions=True)
-        return [*told, *late]
+        told = await asyncio.gather(*answers, return_exceptions=True)
+        (swapped,) = await asyncio.gather(swap, return_exceptions=True)
+        (late,) = await asyncio.gather(tokens_of(streams), return_exceptions=True)
+        return [*told, swapped, late]
 
     assert [type(error) for error in asyncio.run(run())] == [EngineDead] * 4
     assert str(streams.death) == "burnt out"

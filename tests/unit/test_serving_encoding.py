@@ -30,7 +30,7 @@ def encoded(audio_format: AudioFormat, *, whole: bool) -> list[bytes]:
 
 
 def decoded(data: bytes) -> NDArray[np.float64]:
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
     return np.concatenate(frames, axis=1)[0]
 

@@ -1,0 +1,94 @@
+"""`speechalign bench serve`: an endpoint under load, and the same engine without it."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from speechalign.config.serving import ServingConfig
+from speechalign.pipeline.cluster import LOCAL_ENVIRONMENT
+from speechalign.pipeline.serve import Endpoint, deployed
+
+PCM_WARM_UP_S = 5.0
+
+
+def bench_serve(endpoint: Endpoint, *, num_clients: int, seconds: float) -> dict[str, Any]:
+    """Measure one client, many clients, and many callers of the same engine in one process.
+
+    Args:
+        endpoint: it is started for the measurement, and ends with it.
+        num_clients: at once in the second and third measurement.
+        seconds: of each measurement.
+    """
+    with deployed(endpoint) as address:
+        alone = asyncio.run(_over_http(endpoint, address, 1, seconds))
+        crowd = asyncio.run(_over_http(endpoint, address, num_clients, seconds))
+    direct = _direct(endpoint.config, num_clients, seconds)
+    served_s, direct_s = (one["speech_seconds_a_second"] for one in (crowd, direct))
+    return {
+        "one client": alone,
+        f"{num_clients} clients": crowd,
+        f"{num_clients} callers of the engine, no HTTP, no Serve": direct,
+        "throughput of the endpoint, of the engine's": round(served_s / direct_s, 3),
+    }
+
+
+async def _over_http(
+    endpoint: Endpoint, address: str, num_clients: int, seconds: float
+) -> dict[str, Any]:
+    from speechalign.serving.bench import load, over_http, summary
+    from speechalign.serving.keys import read_keys
+
+    keys = read_keys(endpoint.config.access)
+    headers = {"Authorization": f"Bearer {keys[0].key}"} if keys else {}
+    limits = httpx.Limits(max_connections=num_clients)
+    async with httpx.AsyncClient(
+        base_url=address, headers=headers, timeout=120, limits=limits
+    ) as client:
+        model, voice = _model_and_voice(endpoint.config)
+        speak = over_http(client, model, voice)
+        rate_hz = endpoint.config.pcm_sample_rate_hz
+        await load(speak, num_clients=num_clients, seconds=PCM_WARM_UP_S, rate_hz=rate_hz)
+        tally = await load(speak, num_clients=num_clients, seconds=seconds, rate_hz=rate_hz)
+    return summary(tally)
+
+
+def _direct(config: ServingConfig, num_clients: int, seconds: float) -> dict[str, Any]:
+    for name, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from speechalign.serving.bench import in_process, load, summary
+    from speechalign.serving.renderer import VoiceRenderer
+    from speechalign.serving.service import SpeechService
+    from speechalign.serving.speaker import PolicySpeaker
+    from speechalign.serving.telemetry import Telemetry
+
+    model, voice = _model_and_voice(config)
+
+    async def run() -> dict[str, Any]:
+        speaker = PolicySpeaker(config)
+        await speaker.reconfigure(config.policies[model].model_dump(mode="json"))
+        service = SpeechService(config, {model: speaker}, VoiceRenderer(config), Telemetry())
+        speak = in_process(service, model, voice)
+        rate_hz = config.pcm_sample_rate_hz
+        await load(speak, num_clients=num_clients, seconds=PCM_WARM_UP_S, rate_hz=rate_hz)
+        return summary(await load(speak, num_clients=num_clients, seconds=seconds, rate_hz=rate_hz))
+
+    return asyncio.run(run())
+
+
+def _model_and_voice(config: ServingConfig) -> tuple[str, str]:
+    from speechalign.serving.voices import golden_voices
+
+    return next(iter(config.policies)), next(iter(golden_voices(config.voices)))
+
+
+def write_bench(result: dict[str, Any], output: Path | None) -> str:
+    """Return the result as JSON; write it, too."""
+    text = json.dumps(result, indent=2)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    return text
