@@ -125,16 +125,21 @@ def parsed(model: type[ModelT], body: bytes) -> ModelT:
     if not isinstance(values, dict):
         raise invalid("the body must be a JSON object", code="bad_json")
     try:
-        return model.model_validate(_integers_as_floats(values))
+        return model.model_validate(_numbers_as_meant(values))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         raise invalid(f"{param}: {first['msg']}", param, "invalid_value") from None
 
 
-def _integers_as_floats(values: dict[str, Any]) -> dict[str, Any]:
-    """Let a JSON number be a float however it is written; a text stays a text."""
+def _numbers_as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """Let JSON's one kind of number be what a field takes: 1 is a speed, 1.0 is a seed."""
+    meant = dict(values)
     speed = values.get("speed")
     if isinstance(speed, int) and not isinstance(speed, bool) and abs(speed) < 1e6:
-        return values | {"speed": float(speed)}
-    return values
+        meant["speed"] = float(speed)
+    for name in ("seed", "n_best"):
+        value = values.get(name)
+        if isinstance(value, float) and value.is_integer():
+            meant[name] = int(value)
+    return meant

@@ -97,6 +97,14 @@ def test_events_carry_the_audio_and_end_with_the_usage(client: TestClient):
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
 
 
+@pytest.mark.parametrize("change", [{"speed": 1}, {"seed": 1.0, "n_best": 1.0}])
+def test_a_json_number_is_taken_however_it_is_written(client: TestClient, change: dict[str, Any]):
+    plain = client.post(SPEECH, json=LINE | {"response_format": "pcm"})
+    assert client.post(SPEECH, json=LINE | change | {"response_format": "pcm"}).content == (
+        plain.content
+    )
+
+
 def refused(answer: Any) -> tuple[int, str | None, str | None]:
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
