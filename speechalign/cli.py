@@ -27,6 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+clusters = typer.Typer(help="Cluster and application files.", no_args_is_help=True)
+app.add_typer(clusters, name="clusters")
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 out = Console(highlight=False)
@@ -194,6 +196,28 @@ def serve(
         out.print(dump_yaml(endpoint.config), soft_wrap=True, markup=False)
         raise typer.Exit(0)
     serve_until_told(endpoint)
+
+
+@clusters.command("check")
+def clusters_check(
+    files: Annotated[list[Path], typer.Argument(help="Of ray up, KubeRay, Serve, or runtime_env.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="Whose label selectors some node type must fit.")
+    ] = None,
+) -> None:
+    """Find mistakes in cluster files, those that Ray, Serve and Kubernetes accept included."""
+    from speechalign.clusters.check import check_file
+
+    config = load_config(AlignConfig, recipe) if recipe else None
+    count = 0
+    for file in files:
+        findings = check_file(file, config)
+        count += len(findings)
+        for finding in findings:
+            err.print(f"{file}: {finding}", soft_wrap=True, markup=False)
+        if not findings:
+            out.print(f"{file}: ok", soft_wrap=True, markup=False)
+    raise typer.Exit(2 if count else 0)
 
 
 @bench.command("serve")

@@ -99,6 +99,8 @@ class PoolConfig(Config):
     num_cpus: float = Field(default=0.5, ge=0)
     """Of each actor. Ray counts them; it does not bind them."""
     num_gpus: float = Field(default=0.0, ge=0)
+    label_selector: dict[str, str] = Field(default_factory=dict[str, str])
+    """Labels of the nodes that the actors may live on, e.g. {speechalign-pool: sample}."""
     batch_size: int = Field(default=16, gt=0)
     """Rows that the stage gets at once; prompts for sampling, samples for the others."""
 

@@ -27,7 +27,7 @@ class ReplicasConfig(Config):
     downscale_delay_s: float = Field(default=300.0, ge=0)
     num_cpus: float = Field(default=0.25, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
-    label_selector: dict[str, str] = Field(default_factory=dict)
+    label_selector: dict[str, str] = Field(default_factory=dict[str, str])
     """Labels of the nodes that a replica may live on."""
 
     @model_validator(mode="after")

@@ -44,6 +44,8 @@ class WorkersConfig(Config):
     num_workers: int = Field(default=2, gt=0)
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
+    label_selector: dict[str, str] = Field(default_factory=dict[str, str])
+    """Labels of the nodes that the workers may live on, e.g. {speechalign-pool: train}."""
     threads_per_worker: int = Field(default=1, gt=0)
     max_failures: int = Field(default=2, ge=0)
     """Restarts from the last checkpoint before the run gives up."""

@@ -164,8 +164,14 @@ def stream_blocks(blocks: Sequence[pa.Table], stages: Sequence[Stage]) -> ray.da
             batch_format="pyarrow",
             num_cpus=stage.pool.num_cpus,
             num_gpus=stage.pool.num_gpus,
+            **placed(stage.pool),
         )
     return dataset
+
+
+def placed(pool: PoolConfig) -> dict[str, Any]:
+    """Return what Ray Data is told of the nodes that a pool's actors may live on."""
+    return {"label_selector": pool.label_selector} if pool.label_selector else {}
 
 
 def sample_and_judge(

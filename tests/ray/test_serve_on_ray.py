@@ -148,18 +148,11 @@ def test_streams_beyond_the_limit_are_told_to_come_back_and_a_client_that_leaves
 
 
 def replica_of(deployment: str) -> psutil.Process:
+    """Return a replica of this test's Ray; other runs may share the machine."""
+    ours = psutil.Process().children(recursive=True)
     name = f"ServeReplica:speechalign:{deployment}"
-    found = [one for one in psutil.process_iter(["cmdline"])
-             if name in " ".join(one.info["cmdline"] or []) and is_ours(one)]  # fmt: skip
-    assert len(found) == 1, found
-    return found[0]
-
-
-def is_ours(process: psutil.Process) -> bool:
-    """Whether it belongs to this test's Ray: other runs may share the machine."""
-    import ray
-
-    return ray.get_runtime_context().get_node_id() in process.environ().values()
+    (found,) = [one for one in ours if name in " ".join(one.cmdline())]
+    return found
 
 
 def version_of(http: httpx.Client) -> int:

@@ -1,0 +1,1 @@
+"""Files that describe clusters and applications, looked at before anything is started."""

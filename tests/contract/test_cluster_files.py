@@ -1,0 +1,207 @@
+"""Every shipped cluster file passes; every file with a known mistake is refused for that mistake."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from speechalign.cli import app
+from speechalign.clusters.check import check_file
+from speechalign.config.align import AlignConfig
+from speechalign.config.load import load_config
+from speechalign.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+CLUSTERS = Path("clusters")
+SHIPPED = [*sorted(CLUSTERS.glob("*.yaml")), *sorted(CLUSTERS.glob("kuberay/*.yaml")),
+           *sorted(Path("jobs").glob("serve-*.yaml"))]  # fmt: skip
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
+def test_a_shipped_file_has_no_mistake(file: Path):
+    assert check_file(file) == []
+
+
+def test_there_is_a_file_for_every_place():
+    names = {file.stem for file in SHIPPED}
+    assert {"local", "aws", "gcp", "raycluster", "rayjob", "rayservice"} <= names
+
+
+def findings_after(file: str, change: Change, folder: Path) -> list[str]:
+    values = copy.deepcopy(yaml.safe_load(Path(file).read_text()))
+    change(values)
+    bad = folder / "bad.yaml"
+    bad.write_text(yaml.safe_dump(values, sort_keys=False))
+    return [str(finding) for finding in check_file(bad)]
+
+
+def types(values: dict[str, Any]) -> dict[str, Any]:
+    return values["available_node_types"]
+
+
+AWS_MISTAKES: list[tuple[str, Change]] = [
+    ("Ray refuses it: Additional properties", lambda v: v.update(max_worker=1)),
+    ("Ray refuses it: Additional properties", lambda v: types(v)["trainer"].update(label={})),
+    ("Ray refuses it", lambda v: types(v)["trainer"]["resources"].update(memory=1.5e9)),
+    ("Ray refuses it", lambda v: types(v)["trainer"].pop("resources")),
+    ("Ray refuses it", lambda v: v.update(head_node_type="chief")),
+    ("Ray refuses it", lambda v: v["docker"].pop("container_name")),
+    ("Ray refuses it", lambda v: v.update(idle_timeout_minutes=-1)),
+    ("Ray refuses it", lambda v: v["provider"].update(type="awss")),
+    ("provider.regoin: unknown key; did you mean 'region'", lambda v: v["provider"].update(regoin="x")),
+    ("min_workers 3 exceeds max_workers 2", lambda v: types(v)["trainer"].update(min_workers=3)),
+    ("no max_workers", lambda v: types(v)["trainer"].pop("max_workers")),
+    ("the head's type must have 0 workers", lambda v: types(v)["head"].update(max_workers=1)),
+    ("set CPU: 0", lambda v: types(v)["head"]["resources"].update(CPU=8)),
+    ("a spot head", lambda v: types(v)["head"]["node_config"].update(
+        InstanceMarketOptions={"MarketType": "spot"})),
+    ("trainers on spot machines", lambda v: types(v)["trainer"]["node_config"].update(
+        InstanceMarketOptions={"MarketType": "spot"})),
+    ("g9.huge is not in the table", lambda v: types(v)["trainer"]["node_config"].update(
+        InstanceType="g9.huge")),
+    ("96, but g5.12xlarge has 48", lambda v: types(v)["trainer"]["resources"].update(CPU=96)),
+    ("g5.12xlarge has 4 GPUs", lambda v: types(v)["trainer"]["resources"].update(GPU=2)),
+    ("an old image", lambda v: types(v)["trainer"]["node_config"].update(ImageId="latest_dlami")),
+    ("no label speechalign-pool", lambda v: types(v)["trainer"].pop("labels")),
+    ("/no/such/file does not exist", lambda v: v["file_mounts"].update({"/x": "/no/such/file"})),
+    ("no ~/.ray/auth_token", lambda v: v.update(file_mounts={})),
+    ("add -e RAY_AUTH_MODE=token", lambda v: v["docker"].update(run_options=[])),
+    ("is not pinned", lambda v: v["docker"].update(image="speechalign:latest")),
+    ("is not pinned", lambda v: v["docker"].update(image="speechalign")),
+    ("its tag says Ray 2.9.0", lambda v: v["docker"].update(image="speechalign:1-ray2.9.0")),
+    ("no image", lambda v: v["docker"].update(image="")),
+    ("at least 1", lambda v: v.update(idle_timeout_minutes=0.1)),
+    ("Ray drops it silently", lambda v: v.update(min_workers=1)),
+    ("leave it at 127.0.0.1", lambda v: v.update(
+        head_start_ray_commands=["ray start --head --dashboard-host=0.0.0.0"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "change"), AWS_MISTAKES, ids=[m for m, _ in AWS_MISTAKES])
+def test_a_mistake_in_a_file_of_ray_up_is_found(says: str, change: Change, tmp_path: Path):
+    assert any(says in finding for finding in findings_after("clusters/aws.yaml", change, tmp_path))
+
+
+GCP_MISTAKES: list[tuple[str, Change]] = [
+    ("name the project", lambda v: v["provider"].update(project_id=None)),
+    ("need onHostMaintenance: TERMINATE",
+     lambda v: types(v)["trainer"]["node_config"].pop("scheduling")),
+    ("trainers on spot machines",
+     lambda v: types(v)["trainer"]["node_config"]["scheduling"].append({"preemptible": True})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "change"), GCP_MISTAKES, ids=[m for m, _ in GCP_MISTAKES])
+def test_a_mistake_on_gcp_is_found(says: str, change: Change, tmp_path: Path):
+    assert any(says in finding for finding in findings_after("clusters/gcp.yaml", change, tmp_path))
+
+
+def cluster(values: dict[str, Any]) -> dict[str, Any]:
+    return values["spec"]["rayClusterConfig"]
+
+
+def group(values: dict[str, Any]) -> dict[str, Any]:
+    return cluster(values)["workerGroupSpecs"][0]
+
+
+def container(values: dict[str, Any]) -> dict[str, Any]:
+    return group(values)["template"]["spec"]["containers"][0]
+
+
+def edit_serve(**changes: Any) -> Change:
+    def change(values: dict[str, Any]) -> None:
+        serve = yaml.safe_load(values["spec"]["serveConfigV2"])
+        serve["applications"][0].update(changes)
+        values["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
+
+    return change
+
+
+SERVICE_MISTAKES: list[tuple[str, Change]] = [
+    ("maxReplica: unknown key; did you mean", lambda v: group(v).update(maxReplica=1)),
+    ("no maxReplicas", lambda v: group(v).pop("maxReplicas")),
+    ("minReplicas 9 exceeds", lambda v: group(v).update(minReplicas=9)),
+    ("'2' is no int", lambda v: group(v).update(maxReplicas="2")),
+    ("template: is missing", lambda v: group(v).pop("template")),
+    ("must be a list", lambda v: cluster(v).update(workerGroupSpecs={})),
+    ("resource: unknown key", lambda v: container(v).update(resource={})),
+    ("set requests and limits", lambda v: container(v).pop("resources")),
+    ("is not pinned", lambda v: container(v).update(image="speechalign:latest")),
+    ("does not say ray", lambda v: container(v).update(image="speechalign:1.0")),
+    ("at least 60 s to save", lambda v: group(v)["template"]["spec"].update(
+        terminationGracePeriodSeconds=30)),
+    ("0 is no text", lambda v: group(v).update(rayStartParams={"num-cpus": 0})),
+    ("no work lands on the head", lambda v: cluster(v)["headGroupSpec"].update(rayStartParams={})),
+    ("the cluster's API runs code", lambda v: cluster(v).pop("authOptions")),
+    ("'tokens' is not one of", lambda v: cluster(v)["authOptions"].update(mode="tokens")),
+    ("every pod may talk", lambda v: cluster(v).pop("networkPolicy")),
+    ("2.9.0, this is Ray", lambda v: cluster(v).update(rayVersion="2.9.0")),
+    ("must be ray.io/v1", lambda v: v.update(apiVersion="ray.io/v1alpha1")),
+    ("'RayServe' is not one of", lambda v: v.update(kind="RayServe")),
+    ("metadata.name: is missing", lambda v: v.update(metadata={"name": ""})),
+    ("spec.serveConfigV2: is missing", lambda v: v["spec"].pop("serveConfigV2")),
+    ("spec.serveConfigV2: is no YAML", lambda v: v["spec"].update(serveConfigV2="a: [")),
+    ("serveConfigV2.applications.0.import_pat: unknown key", edit_serve(import_pat="x")),
+    ("'working_dir'", edit_serve(runtime_env={"working_dirr": "x"})),
+    ("is no remote URI", edit_serve(runtime_env={"working_dir": "."})),
+    ("everybody reaches", edit_serve(args={
+        "nar": "n", "policies": {"a": {"path": "p"}}, "voices": {"golden": "g"},
+        "access": {"allow_anonymous": True}})),
+    ("did you mean 'policies'", edit_serve(args={"nar": "n", "policy": {}})),
+    ("max_ongoing_request: unknown key",
+     edit_serve(deployments=[{"name": "ingress", "max_ongoing_request": 3}])),
+    ("Serve would fail later", edit_serve(deployments=[
+        {"name": "ingress", "autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("says", "change"), SERVICE_MISTAKES, ids=[m for m, _ in SERVICE_MISTAKES])
+def test_a_mistake_in_a_manifest_is_found(says: str, change: Change, tmp_path: Path):
+    found = findings_after("clusters/kuberay/rayservice.yaml", change, tmp_path)
+    assert any(says in finding for finding in found), found
+
+
+def test_a_job_that_retries_without_going_away_is_found(tmp_path: Path):
+    def change(values: dict[str, Any]) -> None:
+        del values["spec"]["shutdownAfterJobFinishes"]
+        values["spec"]["runtimeEnvYAML"] = "env_vars: {A: 1}"
+
+    found = " ".join(findings_after("clusters/kuberay/rayjob.yaml", change, tmp_path))
+    assert "each retry makes a new cluster" in found
+    assert "spec.runtimeEnvYAML.env_vars.A: 1 is no text" in found
+
+
+def test_all_mistakes_of_a_file_are_told_at_once_and_the_exit_code_is_2(tmp_path: Path):
+    values = yaml.safe_load(Path("clusters/aws.yaml").read_text())
+    values["provider"]["regoin"] = "x"
+    values["docker"]["image"] = "speechalign:latest"
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(values))
+    told = CliRunner().invoke(app, ["clusters", "check", str(tmp_path / "two.yaml")])
+    assert told.exit_code == 2
+    assert "regoin" in told.output
+    assert "not pinned" in told.output
+    fine = CliRunner().invoke(app, ["clusters", "check", "clusters/aws.yaml"])
+    assert (fine.exit_code, fine.output.strip()) == (0, "clusters/aws.yaml: ok")
+
+
+def test_a_recipe_that_no_node_fits_is_found():
+    recipe = "jobs/align-embedded-cpu.yaml"
+    wanted = load_config(AlignConfig, Path(recipe), [
+        "pools.sample.label_selector={speechalign-pool: sample}",
+        "training.workers.label_selector={speechalign-pool: gold}"])  # fmt: skip
+    (finding,) = check_file(CLUSTERS / "aws.yaml", wanted)
+    assert finding.where == "training.workers.label_selector"
+    assert "speechalign-pool=gold; no node type of this cluster has it" in finding.what
+
+
+@pytest.mark.parametrize("text", ["a: 1", "", "[", "- 1"])
+def test_a_file_of_no_known_kind_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        check_file(tmp_path / "x.yaml")
