@@ -1,11 +1,13 @@
 """The `speechalign` command: a recipe, overrides, and one verb.
 
 Every verb takes a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
-2 a mistake in the config, 3 bad data, 4 training diverged, 1 anything else on purpose.
+2 a mistake in the config, 3 bad data, 4 training diverged, 143 stopped by SIGTERM with everything
+saved, 1 anything else on purpose.
 """
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -16,7 +18,8 @@ from rich.console import Console
 
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml, load_config
-from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError
+from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError, Stopped
+from speechalign.training.stopping import STOPPED_CODE, STOPPED_WORDS, install_stop_handler
 
 if TYPE_CHECKING:
     from speechalign.pipeline.align import StageName
@@ -29,6 +32,8 @@ app = typer.Typer(
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+DETACHED_CODE = 130
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -165,6 +170,50 @@ def compare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fa
     out.print(run_compare(config), soft_wrap=True)
 
 
+@app.command()
+def submit(  # noqa: PLR0913 - a command's flags are its parameters
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    address: Annotated[
+        str,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard, http://host:8265"),
+    ],
+    verb: Annotated[str, typer.Option(help="What the job does with the recipe.")] = "align",
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job is over.")] = True,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="New starts after the infrastructure failed.")
+    ] = 2,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="A YAML file; else jobs/runtime_env.yaml, if it is there.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request and stop.")] = False,
+) -> None:
+    """Run a recipe as a Ray job; the same command again attaches to it, or resumes it."""
+    from speechalign.pipeline.job_client import RayJobClient
+    from speechalign.pipeline.submit import Submission, plan_job
+
+    request = plan_job(verb, recipe, overrides or [], runtime_env)
+    if dry_run:
+        out.print(request.in_words(), soft_wrap=True, markup=False)
+        return
+    submission = Submission(
+        request=request,
+        connect=lambda: RayJobClient(address),
+        show=lambda text: out.print(text, end="", soft_wrap=True, markup=False),
+        max_retries=max_retries,
+    )
+    if not wait:
+        out.print(submission.send(), soft_wrap=True, markup=False)
+        return
+    try:
+        code = submission.run()
+    except (KeyboardInterrupt, Stopped):
+        err.print("speechalign: left; the job goes on, and `ray job stop` with its id ends it")
+        code = DETACHED_CODE
+    raise typer.Exit(code)
+
+
 def _run_until(
     stage: "StageName", recipe: Path, overrides: list[str] | None, *, dry_run: bool
 ) -> None:
@@ -199,8 +248,18 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the embedded stack loads nothing from a hub
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    install_stop_handler()
     try:
         app()
     except SpeechalignError as error:
         err.print(f"speechalign: {error}", soft_wrap=True, markup=False)
         sys.exit(exit_code_of(error))
+    except Stopped:
+        again = shlex.join(["speechalign", *sys.argv[1:]])
+        err.print(f"speechalign: {STOPPED_WORDS}", soft_wrap=True, markup=False)
+        err.print(f"the same command resumes: {again}", soft_wrap=True, markup=False)
+        sys.exit(STOPPED_CODE)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from speechalign.training.stopping import install_stop_handler
+
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 2_000_000_000
@@ -32,7 +34,8 @@ def connected() -> Iterator[None]:
     """Be connected to Ray inside the block; a local cluster ends with it.
 
     A plain `ray.init()` would join whatever cluster the temp folder names; this joins only the
-    one that RAY_ADDRESS names.
+    one that RAY_ADDRESS names. Inside a Ray job that is the job's cluster: Ray sets it, and also
+    the runtime environment, so none is given here.
     """
     import ray
 
@@ -54,6 +57,7 @@ def connected() -> Iterator[None]:
             log_to_driver=False,
         )
         logger.info("started Ray on this machine with %d CPUs", os.cpu_count() or 1)
+    install_stop_handler()
     _quiet_data_progress()
     try:
         yield
