@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 STOPPED_CODE = 143
 STOPPED_WORDS = "stopped; finished stages and the last checkpoint are kept"
 """In the last lines of a stopped command; `speechalign submit` looks for it."""
+STOP_REQUEST = "stop-request"
+"""A file in the folder of a training's state: its workers shall save and end."""
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 """Seconds from SIGTERM to SIGKILL, set in the runtime environment of a job."""
 RAYS_STOP_WAIT_S, USUAL_STOP_WAIT_S = 3.0, 30.0
