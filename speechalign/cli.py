@@ -67,9 +67,10 @@ def doctor(
 def prepare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
     """Turn recordings and transcripts into golden codec tokens."""
     from speechalign.config.prepare import PrepareConfig
-    from speechalign.pipeline.prepare import run_prepare
 
     config = _resolved(PrepareConfig, recipe, overrides, dry_run=dry_run)
+    from speechalign.pipeline.prepare import run_prepare
+
     out.print(run_prepare(config), soft_wrap=True)
 
 
@@ -97,10 +98,11 @@ def corpus(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fal
 def sft(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
     """Train an AR or a NAR model on golden codec tokens."""
     from speechalign.config.training import SftJob
+
+    config = _resolved(SftJob, recipe, overrides, dry_run=dry_run)
     from speechalign.pipeline.cluster import connected
     from speechalign.training.sft import run_training
 
-    config = _resolved(SftJob, recipe, overrides, dry_run=dry_run)
     with connected():
         out.print(f"model: {run_training(config.sft)}", soft_wrap=True)
 
@@ -243,19 +245,24 @@ def exit_code_of(error: SpeechalignError) -> int:
     return 4 if isinstance(error, Diverged) else 1
 
 
-def main() -> None:
-    """Run the command; a mistake of the user's is a message, never a traceback."""
+def main(*verb: str) -> None:
+    """Run the command; a mistake of the user's is a message, never a traceback.
+
+    Args:
+        verb: what comes before the arguments of the command line; the scripts of jobs/ give it.
+    """
+    arguments = [*verb, *sys.argv[1:]]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the embedded stack loads nothing from a hub
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     install_stop_handler()
     try:
-        app()
+        app(arguments)
     except SpeechalignError as error:
         err.print(f"speechalign: {error}", soft_wrap=True, markup=False)
         sys.exit(exit_code_of(error))
     except Stopped:
-        again = shlex.join(["speechalign", *sys.argv[1:]])
+        again = shlex.join(["speechalign", *arguments])
         err.print(f"speechalign: {STOPPED_WORDS}", soft_wrap=True, markup=False)
         err.print(f"the same command resumes: {again}", soft_wrap=True, markup=False)
         sys.exit(STOPPED_CODE)
