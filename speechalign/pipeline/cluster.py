@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from speechalign.training.stopping import install_stop_handler
+from speechalign.training.stopping import handlers_kept, install_stop_handler
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,18 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    with handlers_kept():
+        _initialise()
+        install_stop_handler()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _initialise() -> None:
+    import ray
+
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False)
@@ -57,12 +69,7 @@ def connected() -> Iterator[None]:
             log_to_driver=False,
         )
         logger.info("started Ray on this machine with %d CPUs", os.cpu_count() or 1)
-    install_stop_handler()
     _quiet_data_progress()
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _quiet_data_progress() -> None:

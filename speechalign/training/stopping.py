@@ -44,9 +44,27 @@ def install_stop_handler() -> None:
 
     To be called again after `ray.init()`, which puts a handler of its own in place.
     """
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if _may_set_handlers():
         signal.signal(signal.SIGTERM, _on_sigterm)
         signal.signal(signal.SIGALRM, _on_deadline)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """At the end of the block the handlers are those of before: a library leaves no trace."""
+    numbers = (signal.SIGTERM, signal.SIGALRM)
+    former = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        if _may_set_handlers():
+            for number, handler in zip(numbers, former, strict=True):
+                # None: not set from Python; what that was cannot be put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _may_set_handlers() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from speechalign.training.metrics import read_metrics
 from speechalign.training.sft import train_worker, work_folder
 from speechalign.training.stopping import (
     STOP_REQUEST,
+    handlers_kept,
     install_stop_handler,
     saved_when_stopped,
     seconds_to_save,
@@ -28,16 +29,21 @@ from tests.tiny_stack import build_tiny_stack
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(stopping._Asked, "is_stopping", False)  # pyright: ignore[reportPrivateUsage]
-    former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
-    install_stop_handler()
-    yield
-    for number, handler in zip((signal.SIGTERM, signal.SIGALRM), former, strict=True):
-        signal.signal(number, handler)
+    with handlers_kept():
+        install_stop_handler()
+        yield
 
 
 def sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
+
+
+def test_the_handlers_of_before_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with handlers_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_outside_of_a_training_the_process_ends_at_once_and_only_once():
