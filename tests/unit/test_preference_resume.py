@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from tests.online_toy import a_process_group
 from tests.tiny_stack import TinyStack, build_tiny_stack
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+LIMIT = 0.05
+"""Nats a token that held-out answers may lose."""
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +162,21 @@ def test_a_training_that_is_asked_to_stop_saves_after_the_update_at_hand(
     request.unlink()
     stopped.run()
     assert_equal(stopped, whole)
+
+
+def test_a_resumed_training_counts_the_drop_from_its_start_and_not_from_the_reference(
+    stack: TinyStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    better = Training(stack, tmp_path / "better")
+    better.run()
+    strict = {"every": 3, "patience": 9, "max_chosen_drop": LIMIT}
+    training = Training(stack, tmp_path / "run", early_stop=strict)
+    training.paths = replace(training.paths, reference=better.paths.output)
+    kill_at(6, monkeypatch, training)
+    first, *_ = training.metrics()
+    assert first["heldout_chosen_drop"] > LIMIT
+    training.run()
+    assert training.steps()[-1] == 10
 
 
 def test_the_best_weights_before_a_checkpoint_outlive_better_ones_after_it(
