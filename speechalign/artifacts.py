@@ -55,9 +55,22 @@ def commit_folder(partial: Path, target: Path, facts: Mapping[str, Any]) -> None
         if path.is_file()
     }
     write_json_atomically(partial / MANIFEST, {"facts": dict(facts), "files": files})
+    former = _former(target)
+    shutil.rmtree(former, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        target.replace(former)
     partial.replace(target)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Put back an artifact that was about to be replaced when its process was killed."""
+    if not target.exists() and is_committed(_former(target)):
+        _former(target).replace(target)
+
+
+def _former(target: Path) -> Path:
+    return target.with_name(f".{target.name}.former")
 
 
 def is_committed(folder: Path) -> bool:

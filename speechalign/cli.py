@@ -1,11 +1,13 @@
 """The `speechalign` command: a recipe, overrides, and one verb.
 
 Every verb takes a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
-2 a mistake in the config, 3 bad data, 4 training diverged, 1 anything else on purpose.
+2 a mistake in the config, 3 bad data, 4 training diverged, 143 stopped by SIGTERM with everything
+saved, 1 anything else on purpose.
 """
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -16,7 +18,8 @@ from rich.console import Console
 
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml, load_config
-from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError
+from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError, Stopped
+from speechalign.training.stopping import STOPPED_CODE, STOPPED_WORDS, install_stop_handler
 
 if TYPE_CHECKING:
     from speechalign.pipeline.align import StageName
@@ -33,6 +36,8 @@ bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+DETACHED_CODE = 130
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -66,9 +71,10 @@ def doctor(
 def prepare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
     """Turn recordings and transcripts into golden codec tokens."""
     from speechalign.config.prepare import PrepareConfig
-    from speechalign.pipeline.prepare import run_prepare
 
     config = _resolved(PrepareConfig, recipe, overrides, dry_run=dry_run)
+    from speechalign.pipeline.prepare import run_prepare
+
     out.print(run_prepare(config), soft_wrap=True)
 
 
@@ -96,10 +102,11 @@ def corpus(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fal
 def sft(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
     """Train an AR or a NAR model on golden codec tokens."""
     from speechalign.config.training import SftJob
+
+    config = _resolved(SftJob, recipe, overrides, dry_run=dry_run)
     from speechalign.pipeline.cluster import connected
     from speechalign.training.sft import run_training
 
-    config = _resolved(SftJob, recipe, overrides, dry_run=dry_run)
     with connected():
         out.print(f"model: {run_training(config.sft)}", soft_wrap=True)
 
@@ -242,6 +249,50 @@ def bench_serve(
     out.print(benchmarks.write_bench(result, output), soft_wrap=True, markup=False)
 
 
+@app.command()
+def submit(  # noqa: PLR0913 - a command's flags are its parameters
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    address: Annotated[
+        str,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard, http://host:8265"),
+    ],
+    verb: Annotated[str, typer.Option(help="What the job does with the recipe.")] = "align",
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job is over.")] = True,
+    max_retries: Annotated[
+        int, typer.Option(min=0, help="New starts after the infrastructure failed.")
+    ] = 2,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="A YAML file; else jobs/runtime_env.yaml, if it is there.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request and stop.")] = False,
+) -> None:
+    """Run a recipe as a Ray job; the same command again attaches to it, or resumes it."""
+    from speechalign.pipeline.job_client import RayJobClient
+    from speechalign.pipeline.submit import Submission, plan_job
+
+    request = plan_job(verb, recipe, overrides or [], runtime_env)
+    if dry_run:
+        out.print(request.in_words(), soft_wrap=True, markup=False)
+        return
+    submission = Submission(
+        request=request,
+        connect=lambda: RayJobClient(address),
+        show=lambda text: out.print(text, end="", soft_wrap=True, markup=False),
+        max_retries=max_retries,
+    )
+    if not wait:
+        out.print(submission.send(), soft_wrap=True, markup=False)
+        return
+    try:
+        code = submission.run()
+    except (KeyboardInterrupt, Stopped):
+        err.print("speechalign: left; the job goes on, and `ray job stop` with its id ends it")
+        code = DETACHED_CODE
+    raise typer.Exit(code)
+
+
 def _run_until(
     stage: "StageName", recipe: Path, overrides: list[str] | None, *, dry_run: bool
 ) -> None:
@@ -271,13 +322,28 @@ def exit_code_of(error: SpeechalignError) -> int:
     return 4 if isinstance(error, Diverged) else 1
 
 
-def main() -> None:
-    """Run the command; a mistake of the user's is a message, never a traceback."""
+def main(*verb: str) -> None:
+    """Run the command; a mistake of the user's is a message, never a traceback.
+
+    Args:
+        verb: what comes before the arguments of the command line; the scripts of jobs/ give it.
+    """
+    arguments = [*verb, *sys.argv[1:]]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the embedded stack loads nothing from a hub
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    install_stop_handler()
     try:
-        app()
+        app(arguments)
     except SpeechalignError as error:
         err.print(f"speechalign: {error}", soft_wrap=True, markup=False)
         sys.exit(exit_code_of(error))
+    except Stopped:
+        again = shlex.join(["speechalign", *arguments])
+        err.print(f"speechalign: {STOPPED_WORDS}", soft_wrap=True, markup=False)
+        err.print(f"the same command resumes: {again}", soft_wrap=True, markup=False)
+        sys.exit(STOPPED_CODE)
+
+
+if __name__ == "__main__":
+    main()

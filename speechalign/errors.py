@@ -12,6 +12,8 @@
       StaleRollouts        answers of another policy version than the step is for
       Diverged             training went where no policy comes back from
       EngineDead           an engine that will not answer again; the actor must be replaced
+      ClusterUnreachable   nobody answers at the address of a cluster
+    Stopped                no error: a process that was asked to end, on its way out
 
 Arguments are plain values, so every error survives the pickling that Ray does to it.
 A message says what is wrong, where, and what to do.
@@ -64,3 +66,11 @@ class Diverged(SpeechalignError, RuntimeError):
 
 class EngineDead(SpeechalignError, RuntimeError):
     """An engine that will not answer again."""
+
+
+class ClusterUnreachable(SpeechalignError, RuntimeError):
+    """Nobody answers at the address of a cluster."""
+
+
+class Stopped(BaseException):
+    """A process that was asked to end. No `except Exception` on the way out may hold it up."""

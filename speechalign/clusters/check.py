@@ -32,9 +32,7 @@ def check_file(path: Path, recipe: AlignConfig | None = None) -> list[Finding]:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not documents:
         raise ConfigError(f"{path} is empty")
-    return [
-        finding for values in documents for finding in _check(mapping(values), path, recipe)
-    ]
+    return [finding for values in documents for finding in _check(mapping(values), path, recipe)]
 
 
 def _check(values: Values, path: Path, recipe: AlignConfig | None) -> Iterator[Finding]:

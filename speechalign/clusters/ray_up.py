@@ -12,13 +12,31 @@ from speechalign.clusters.findings import Finding, Values, items, join, mapping,
 POOL_LABEL = "speechalign-pool"
 PROVIDER_KEYS: Mapping[str, frozenset[str]] = {
     "aws": frozenset(
-        "type region availability_zone cache_stopped_nodes use_internal_ips key_pair "
-        "security_group cloudwatch disable_launch_config_check".split()
+        [
+            "type",
+            "region",
+            "availability_zone",
+            "cache_stopped_nodes",
+            "use_internal_ips",
+            "key_pair",
+            "security_group",
+            "cloudwatch",
+            "disable_launch_config_check",
+        ]
     ),
     "gcp": frozenset(
-        "type region availability_zone project_id cache_stopped_nodes use_internal_ips".split()
+        [
+            "type",
+            "region",
+            "availability_zone",
+            "project_id",
+            "cache_stopped_nodes",
+            "use_internal_ips",
+        ]
     ),
-    "local": frozenset("type head_ip worker_ips coordinator_address external_head_ip".split()),
+    "local": frozenset(
+        ["type", "head_ip", "worker_ips", "coordinator_address", "external_head_ip"]
+    ),
 }
 
 

@@ -12,9 +12,20 @@ from speechalign.errors import ConfigError
 
 OURS = "speechalign.serving.app:build"
 RUNTIME_KEYS = frozenset(
-    "env_vars working_dir py_modules excludes pip uv conda image_uri py_executable config".split()
+    [
+        "env_vars",
+        "working_dir",
+        "py_modules",
+        "excludes",
+        "pip",
+        "uv",
+        "conda",
+        "image_uri",
+        "py_executable",
+        "config",
+    ]
 )
-EVERYBODY = ("0.0.0.0", "::", "")  # noqa: S104 - what is looked for, not bound
+EVERYBODY = ("0.0.0.0", "::", "")
 
 
 def check_serve(values: Values) -> list[Finding]:
@@ -100,7 +111,7 @@ def _ours(args: Values, http: Values, where: str) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding(where, str(error))
         return
-    host = str(http.get("host", "0.0.0.0"))  # noqa: S104 - Serve's own default
+    host = str(http.get("host", "0.0.0.0"))
     if host in EVERYBODY and config.access.allow_anonymous:
         yield Finding(join(where, "access.allow_anonymous"),
                       f"everybody reaches {host or 'all addresses'} and needs no key; set keys_file, "

@@ -73,6 +73,8 @@ class PreferenceTrainingConfig(Config):
     """Of the prompts: their pairs are measured, never trained on."""
     max_logprob_difference: float = Field(default=1e-4, gt=0)
     """Between sampler and trainer, per token; more stops the run."""
+    checkpoint_every: int = Field(default=20, gt=0)
+    """Updates; a killed training goes on from the last checkpoint."""
     loss: DpoLossConfig = DpoLossConfig()
     early_stop: EarlyStopConfig = EarlyStopConfig()
     engine: EngineConfig = EngineConfig(learning_rate=3e-5, warmup_steps=10)

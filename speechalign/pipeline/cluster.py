@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from speechalign.training.stopping import handlers_kept, install_stop_handler
+
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 2_000_000_000
@@ -32,13 +34,26 @@ def connected() -> Iterator[None]:
     """Be connected to Ray inside the block; a local cluster ends with it.
 
     A plain `ray.init()` would join whatever cluster the temp folder names; this joins only the
-    one that RAY_ADDRESS names.
+    one that RAY_ADDRESS names. Inside a Ray job that is the job's cluster: Ray sets it, and also
+    the runtime environment, so none is given here.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
+    with handlers_kept():
+        _initialise()
+        install_stop_handler()
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _initialise() -> None:
+    import ray
+
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=False)
@@ -55,10 +70,6 @@ def connected() -> Iterator[None]:
         )
         logger.info("started Ray on this machine with %d CPUs", os.cpu_count() or 1)
     _quiet_data_progress()
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _quiet_data_progress() -> None:

@@ -1,6 +1,7 @@
 """When a preference training has gone far enough, or too far. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from speechalign.config.preference_training import EarlyStopConfig
 
@@ -23,6 +24,16 @@ class EarlyStop:
         self._config = config
         self.best: Look | None = None
         self._looks_since_best = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training has to know."""
+        best = None if self.best is None else asdict(self.best)
+        return {"best": best, "looks_since_best": self._looks_since_best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.best = None if state["best"] is None else Look(**state["best"])
+        self._looks_since_best = state["looks_since_best"]
 
     def see(self, look: Look) -> str | None:
         """Return why training must stop, or nothing.

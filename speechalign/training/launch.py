@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechalign.config.training import WorkersConfig
-from speechalign.errors import SpeechalignError
+from speechalign.errors import SpeechalignError, Stopped
+from speechalign.training.stopping import STOP_REQUEST, saved_when_stopped
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -42,6 +43,7 @@ def run_workers(
     Raises:
         SpeechalignError: what a worker raised, of the same type.
         RuntimeError: the workers died of something else.
+        Stopped: this process was asked to end, and the workers have saved, or had their time.
     """
     from ray.data import ExecutionOptions
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
@@ -69,8 +71,9 @@ def run_workers(
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
+    stops = saved_when_stopped(storage.parent / STOP_REQUEST)
     try:
-        with _progress(storage.parent / "metrics.jsonl"):
+        with _progress(storage.parent / "metrics.jsonl"), stops:
             trainer.fit()
     except Exception as error:  # Ray wraps a worker's error in several types of its own
         original = _original(error)
@@ -92,7 +95,10 @@ class _Worker:
         import torch
 
         torch.set_num_threads(self._num_threads)
-        self._train(settings)
+        try:
+            self._train(settings)
+        except Stopped:  # an error would have Ray start the workers again
+            return
 
 
 @contextmanager

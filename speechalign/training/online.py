@@ -22,19 +22,19 @@ import torch
 from transformers import PreTrainedModel
 
 from speechalign.artifacts import (
-    commit_folder,
     is_committed,
     manifest_facts,
-    partial_folder,
+    recover_folder,
     verify_folder,
     write_json_atomically,
 )
-from speechalign.errors import BudgetExceeded, StaleRollouts
+from speechalign.errors import BudgetExceeded, StaleRollouts, Stopped
 from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import load_ar, save_ar
 from speechalign.policy.logprobs import answer_logprobs
 from speechalign.policy.versions import PolicyVersions, Probe
 from speechalign.seeds import derive_seed
+from speechalign.training.checkpoint import checkpoint_folder, stop_is_asked
 from speechalign.training.critic import Critic
 from speechalign.training.engine import Engine, barrier, global_sum, world
 from speechalign.training.metrics import MetricsWriter
@@ -119,6 +119,7 @@ class Progress:
 
 def finished_steps(paths: OnlinePaths) -> int:
     """Return how many steps the last checkpoint has behind it."""
+    recover_folder(paths.checkpoint)
     if not is_committed(paths.checkpoint):
         return 0
     return int(manifest_facts(paths.checkpoint)["step"])
@@ -169,9 +170,11 @@ class OnlineTrainer:
                 reason = self._look(block, metrics)
                 if block.step > first and block.step % config.checkpoint_every == 0:
                     self._save()
+                self._stop_if_asked(reason)
                 self._count(block)
                 if reason is None and block.step < config.num_steps:
                     reason = self._learn(block, values, metrics)
+                    self._stop_if_asked(reason)
                 waiting_since_s = time.time()
                 self._busy += [block.sampled_s, (arrived_s, waiting_since_s)]
                 if reason is not None:
@@ -323,21 +326,27 @@ class OnlineTrainer:
             for logprobs_S, mask_S in zip(logprobs_BS, batch.answer_mask_BS, strict=True)
         ]
 
+    def _stop_if_asked(self, reason: str | None) -> None:
+        """Save and end if the driver was asked to, unless a guard ends the training anyway."""
+        if reason is not None or not stop_is_asked(self._paths.work, self._engine.device):
+            return
+        self._save()
+        if world()[0] == 0:
+            self._versions.stop("it was asked to")
+        logger.info("saved after step %d, and stopped", self._progress.step)
+        raise Stopped
+
     def _save(self) -> None:
         """Commit a checkpoint; then the versions that only an older one needs can go."""
-        target, step = self._paths.checkpoint, self._progress.step
-        partial = target.with_name(f".{target.name}.partial")
-        if world()[0] == 0:
-            partial_folder(target)
-        barrier()
-        self._engine.save(partial / "policy")
-        if self._critic is not None:
-            self._critic.engine.save(partial / "critic")
-        barrier()
-        if world()[0] == 0:
-            state = {"progress": asdict(self._progress), "learner": self._learner.state()}
-            write_json_atomically(partial / STATE, state)
-            commit_folder(partial, target, {"step": step})
+        step, is_first = self._progress.step, world()[0] == 0
+        with checkpoint_folder(self._paths.checkpoint, {"step": step}) as partial:
+            self._engine.save(partial / "policy")
+            if self._critic is not None:
+                self._critic.engine.save(partial / "critic")
+            if is_first:
+                state = {"progress": asdict(self._progress), "learner": self._learner.state()}
+                write_json_atomically(partial / STATE, state)
+        if is_first:
             best = self._progress.looks.best_step
             self._versions.forget_before(step - self._config.max_staleness, but=best)
         barrier()

@@ -6,12 +6,16 @@ Ray Train workers, each with a DeepSpeed engine:
 
 The reference's log-probs come from a cache, so a worker holds one model. At step 0 policy and
 reference are one, and DPO's loss must be ln 2: the run stops if it is not.
+
+Killed, a training goes on from its last checkpoint.
 """
 
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +24,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speechalign.artifacts import is_committed, manifest_facts, verify_folder
+from speechalign.artifacts import (
+    MANIFEST,
+    is_committed,
+    manifest_facts,
+    verify_folder,
+    write_json_atomically,
+)
+from speechalign.config.load import config_hash
 from speechalign.config.preference_training import PreferenceTrainingConfig
-from speechalign.errors import ConfigError, Diverged, LogprobMismatch
+from speechalign.errors import ConfigError, Diverged, LogprobMismatch, Stopped
 from speechalign.policy.ar import LoadedPolicy, load_ar, save_ar
 from speechalign.rows import pairs_from_table
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import BatchPlan, rows_of_rank
+from speechalign.training.checkpoint import checkpoint_folder, has_checkpoint, stop_is_asked
 from speechalign.training.early_stop import EarlyStop, Look
 from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
-from speechalign.training.losses import (
-    PairLogprobs,
-    PairLoss,
-    loss_of_an_unmoved_policy,
-    pair_loss,
-    reference_point,
-)
+from speechalign.training.losses import loss_of_an_unmoved_policy
 from speechalign.training.metrics import MetricsWriter
-from speechalign.training.reference import (
-    answer_sums,
-    cached_reference_logprobs,
-    mismatched,
-    pair_logprobs,
-)
+from speechalign.training.pair_comparison import PairComparison
+from speechalign.training.pair_means import global_means, local_means
+from speechalign.training.reference import cached_reference_logprobs
 from speechalign.types import PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -51,8 +54,7 @@ logger = logging.getLogger(__name__)
 PAIRS = "pairs.parquet"
 STEP0_TOLERANCE = 1e-3
 MAX_BAD_UPDATES = 3
-
-ReferenceLogprobs = Mapping[str, tuple[float, float]]
+STATE, REFERENCE = "state.json", "reference"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +67,32 @@ class TrainingPaths:
     pairs: Path
     """A committed folder with `pairs.parquet`."""
     output: Path
-    """Becomes the new policy; `<output>-work` holds metrics, the cache and the best weights."""
+    """Becomes the new policy; `<output>-work` holds metrics, cache, checkpoint and best weights."""
 
     @property
     def work(self) -> Path:
         """Where the state of an unfinished training is."""
         return self.output.with_name(f"{self.output.name}-work")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last one."""
+        return self.work / "checkpoint"
+
+    def kept(self, step: int) -> Path:
+        """Return where the weights of a step are, if they were the best so far."""
+        return self.work / "best" / f"step-{step}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """What a checkpoint keeps beside the weights and the looks."""
+
+    num_micro: int = 0
+    """Micro-batches that were trained on."""
+    bad_updates: int = 0
+    """In a row."""
+    drop_at_start: float = 0.0
 
 
 def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> None:
@@ -91,7 +113,7 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
     if config.pairs_per_step < config.workers.num_workers:
         raise ConfigError("pairs_per_step is lower than the number of workers; raise it")
     cached_reference_logprobs(
-        paths.reference, pairs, paths.work / "reference", config.engine.precision
+        paths.reference, pairs, paths.work / REFERENCE, config.engine.precision
     )
     settings = {
         "config": config.model_dump(mode="json"),
@@ -131,10 +153,9 @@ def preference_worker(settings: dict[str, Any]) -> None:
     paths = TrainingPaths(**{name: Path(value) for name, value in settings["paths"].items()})
     torch.manual_seed(derive_seed(config.seed, "pairs"))
     trainer = _PreferenceTrainer(config, paths)
-    if world()[0] == 0:  # a killed training starts over: its metrics are not this one's
-        (paths.work / "metrics.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(paths.work / "tensorboard", ignore_errors=True)
-    with MetricsWriter(paths.work, is_writer=world()[0] == 0) as metrics:
+    resumed_at = trainer.resume()
+    is_writer = world()[0] == 0
+    with MetricsWriter(paths.work, is_writer=is_writer, resumed_at=resumed_at) as metrics:
         trainer.run(metrics)
     if world()[0] == 0:
         trainer.commit()
@@ -148,61 +169,112 @@ class _PreferenceTrainer:
         self._config, self._paths = config, paths
         self._policy: LoadedPolicy = load_ar(paths.policy, dtype="fp32")
         pairs = read_pairs(paths.pairs)
-        self._reference = cached_reference_logprobs(
-            paths.reference, pairs, paths.work / "reference", config.engine.precision
-        )
-        self._mismatched: dict[str, PreferencePair] = {}
-        self._mismatched_reference: ReferenceLogprobs = {}
-        if config.loss.variant == "kto":
-            self._mismatched = {pair.pair_id: pair for pair in mismatched(pairs)}
-            self._mismatched_reference = cached_reference_logprobs(
-                paths.reference,
-                list(self._mismatched.values()),
-                paths.work / "reference-mismatched",
-                config.engine.precision,
-            )
         self._train, self._heldout = split_pairs(pairs, config.heldout_share, config.seed)
         lengths = [len(p.chosen_token_ids) + len(p.rejected_token_ids) for p in self._train]
         self._plan = BatchPlan(lengths, config.pairs_per_step, config.seed)
         num_micro = config.num_epochs * self._plan.batches_per_epoch
         self._num_updates = max(1, num_micro // config.engine.num_accumulated)
         self._engine = Engine(self._policy.model, config.engine, self._num_updates)
+        self._comparison = PairComparison(
+            config, self._engine, pairs, paths.reference, paths.work / REFERENCE
+        )
         self._early_stop = EarlyStop(config.early_stop)
         self._stop_reason = "all epochs done"
-        self._bad_updates = 0
-        self._drop_at_start = 0.0
+        self._progress = Progress()
+        self._saved_best = -1
+
+    def resume(self) -> int | None:
+        """Go on from the checkpoint and return its step, or clear what a former life left."""
+        checkpoint, is_resumed = self._paths.checkpoint, has_checkpoint(self._paths.checkpoint)
+        if is_resumed and verify_folder(checkpoint)["identity"] != self._identity():
+            logger.warning("%s is of other pairs or settings; starting over", checkpoint)
+            is_resumed = False
+        if not is_resumed:
+            if world()[0] == 0:
+                (self._paths.work / "metrics.jsonl").unlink(missing_ok=True)
+                shutil.rmtree(self._paths.work / "tensorboard", ignore_errors=True)
+                shutil.rmtree(self._paths.work / "best", ignore_errors=True)
+            barrier()
+            return None
+        self._engine.load(checkpoint / "policy")
+        state = json.loads((checkpoint / STATE).read_text())
+        self._progress = Progress(**state["progress"])
+        self._early_stop.restore(state["early_stop"])
+        self._saved_best = self._best_step
+        logger.info("resumed after update %d", self._engine.step_index)
+        return self._engine.step_index
 
     def run(self, metrics: MetricsWriter) -> None:
-        """Update until the epochs are done or the held-out pairs say stop."""
-        start = self._look(metrics)
-        if self._config.method == "dpo" and self._paths.policy == self._paths.reference:
-            self._check_step0(start)
-        self._early_stop.see(start)  # a policy worse than the start is never the best
-        self._keep_if_best()
-        for micro in range(self._num_updates * self._config.engine.num_accumulated):
+        """Update until the epochs are done or the held-out pairs say stop.
+
+        Raises:
+            Stopped: the driver was asked to end; everything is saved.
+        """
+        if not self._progress.num_micro:
+            self._begin(metrics)
+        num_micro = self._num_updates * self._config.engine.num_accumulated
+        for micro in range(self._progress.num_micro, num_micro):
             values = self._update(self._plan.batch(micro))
-            step = self._engine.step_index
+            self._progress.num_micro = micro + 1
             if (micro + 1) % self._config.engine.num_accumulated:
                 continue
-            metrics.write(step, values)
-            is_last = micro + 1 == self._num_updates * self._config.engine.num_accumulated
-            if step % self._config.early_stop.every == 0 or is_last:
+            metrics.write(self._engine.step_index, values)
+            is_last = micro + 1 == num_micro
+            if self._engine.step_index % self._config.early_stop.every == 0 or is_last:
                 reason = self._early_stop.see(self._look(metrics))
                 self._keep_if_best()
                 if reason is not None:
                     self._stop_reason = reason
                     break
+            self._save_if_due()
         metrics.write(self._engine.step_index, {"stopped": self._stop_reason})
+
+    def _begin(self, metrics: MetricsWriter) -> None:
+        start = self._look(metrics)
+        if self._config.method == "dpo" and self._paths.policy == self._paths.reference:
+            self._check_step0(start)
+        self._early_stop.see(start)  # a policy worse than the start is never the best
+        self._keep_if_best()
+
+    def _save_if_due(self) -> None:
+        asked = stop_is_asked(self._paths.work, self._engine.device)
+        step = self._engine.step_index
+        if asked or step % self._config.checkpoint_every == 0:
+            facts = {"step": step, "identity": self._identity()}
+            with checkpoint_folder(self._paths.checkpoint, facts) as partial:
+                self._engine.save(partial / "policy")
+                if world()[0] == 0:
+                    state = {
+                        "progress": asdict(self._progress),
+                        "early_stop": self._early_stop.state(),
+                    }
+                    write_json_atomically(partial / STATE, state)
+            self._saved_best = self._best_step
+            self._forget_former_bests()
+        if asked:
+            logger.info("saved after update %d, and stopped", step)
+            raise Stopped
+
+    @property
+    def _best_step(self) -> int:
+        return self._early_stop.best.step if self._early_stop.best else -1
+
+    def _identity(self) -> str:
+        """Return what a checkpoint must share with the training that goes on from it."""
+        digest = hashlib.sha256(config_hash(self._config).encode())
+        for folder in (self._paths.policy, self._paths.reference, self._paths.pairs):
+            digest.update((folder / MANIFEST).read_bytes())
+        return digest.hexdigest()[:16]
 
     def commit(self) -> None:
         """Make the best weights the new policy."""
         best = self._early_stop.best
-        kept = self._paths.work / "best"
-        if best is None or not is_committed(kept):
+        if best is None or not is_committed(self._paths.kept(best.step)):
             raise Diverged(f"the start itself was not worth keeping ({self._stop_reason})")
         if best.step == 0:
             self._stop_reason = f"nothing was better than the start: {self._stop_reason}"
             logger.warning("%s; the new policy has the old weights", self._stop_reason)
+        kept = self._paths.kept(best.step)
         facts = manifest_facts(kept) | {
             "stop_reason": self._stop_reason,
             "num_updates": self._engine.step_index,
@@ -211,7 +283,8 @@ class _PreferenceTrainer:
         }
         loaded = load_ar(kept)
         save_ar(self._paths.output, loaded.model, loaded.vocabulary, facts)
-        shutil.rmtree(kept)
+        shutil.rmtree(kept.parent)
+        shutil.rmtree(self._paths.checkpoint, ignore_errors=True)  # a short training has none
 
     def _check_step0(self, start: Look) -> None:
         expected = loss_of_an_unmoved_policy(self._config.loss)
@@ -224,25 +297,23 @@ class _PreferenceTrainer:
     def _update(self, indices: list[int]) -> dict[str, float]:
         rank, num_ranks = world()
         pairs = [self._train[index] for index in rows_of_rank(indices, rank, num_ranks)]
-        policy = self._policy_logprobs(pairs)
-        reference = self._reference_of(pairs, policy)
-        output = pair_loss(policy, reference, self._config, self._reference_point(pairs))
-        total, count = output.loss_B.sum(), torch.tensor(float(len(pairs)))
+        compared = self._comparison.compare(pairs, num_counted=len(pairs))
+        total, count = compared.loss.loss_B.sum(), torch.tensor(float(len(pairs)))
         if torch.isfinite(global_sum(total)):
-            self._bad_updates = 0
+            self._progress.bad_updates = 0
             self._engine.update(global_mean(total, count.to(total.device)))
         else:
             self._count_bad_update()
-        values = _means(output, policy, reference)
+        values = global_means(compared)
         return values | {
             "grad_norm": self._engine.grad_norm,
             "learning_rate": self._engine.learning_rate,
         }
 
     def _count_bad_update(self) -> None:
-        self._bad_updates += 1
+        self._progress.bad_updates += 1
         self._engine.discard_gradients()
-        if self._bad_updates >= MAX_BAD_UPDATES:
+        if self._progress.bad_updates >= MAX_BAD_UPDATES:
             raise Diverged(
                 f"the loss was not finite {MAX_BAD_UPDATES} times in a row, at update "
                 f"{self._engine.step_index}; lower training.engine.learning_rate"
@@ -259,11 +330,7 @@ class _PreferenceTrainer:
             pairs = self._heldout[first : first + size]
             mine = rows_of_rank(pairs, rank, num_ranks) or pairs[:1]
             weight = len(rows_of_rank(pairs, rank, num_ranks))  # 0: only keeps the ranks in step
-            policy = self._policy_logprobs(mine)
-            reference = self._reference_of(mine, policy)
-            kl = self._reference_point(mine[:weight])
-            output = pair_loss(policy, reference, self._config, kl)
-            values = _local_means(output, policy, reference)
+            values = local_means(self._comparison.compare(mine, num_counted=weight))
             names = list(values)
             row = torch.tensor([*values.values(), 1.0], device=self._engine.device) * weight
             sums = row if sums is None else sums + row
@@ -277,36 +344,13 @@ class _PreferenceTrainer:
         if self._engine.step_index == 0:
             # Not 0 where the reference is older than the policy, or was never told feedback (coh):
             # the limit is on what this training loses, or a third iteration could never start.
-            self._drop_at_start = means["chosen_drop"]
+            self._progress.drop_at_start = means["chosen_drop"]
         return Look(
             step=self._engine.step_index,
             loss=means["loss"] - self._config.loss.sft_weight * means["anchor"],
             accuracy=means["accuracy"],
-            chosen_drop=means["chosen_drop"] - self._drop_at_start,
+            chosen_drop=means["chosen_drop"] - self._progress.drop_at_start,
         )
-
-    def _policy_logprobs(self, pairs: Sequence[PreferencePair]) -> PairLogprobs:
-        tells_feedback = self._config.method == "coh"
-        with self._engine.autocast():
-            return pair_logprobs(self._engine.module, pairs, tells_feedback=tells_feedback)
-
-    @torch.no_grad()
-    def _reference_point(self, pairs: Sequence[PreferencePair]) -> float:
-        """Return KTO's z0 of the pairs of all ranks; every rank must call it."""
-        if not self._mismatched:
-            return 0.0
-        others = [self._mismatched[pair.pair_id] for pair in pairs]
-        rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
-        device = self._engine.device
-        sums = torch.zeros(2, device=device)
-        if rows:
-            with self._engine.autocast():
-                policy_B = answer_sums(self._engine.module, rows)
-            reference = [self._mismatched_reference[pair.pair_id][0] for pair in others]
-            differences_B = policy_B - torch.tensor(reference, device=device)
-            sums = torch.stack([differences_B.sum(), differences_B.new_tensor(float(len(rows)))])
-        total, count = global_sum(sums)
-        return reference_point(total, count)
 
     def _keep_if_best(self) -> None:
         best = self._early_stop.best
@@ -324,48 +368,13 @@ class _PreferenceTrainer:
         with self._engine.whole_weights() as model:
             if world()[0] == 0:
                 assert isinstance(model, PreTrainedModel)  # noqa: S101 - load_ar made it
-                save_ar(self._paths.work / "best", model, self._policy.vocabulary, facts)
+                save_ar(self._paths.kept(best.step), model, self._policy.vocabulary, facts)
+        self._forget_former_bests()
+
+    def _forget_former_bests(self) -> None:
+        """Remove the weights that neither this training nor a resumed one can choose."""
+        needed = {self._paths.kept(step) for step in (self._saved_best, self._best_step)}
+        if world()[0] == 0:
+            for folder in set((self._paths.work / "best").glob("step-*")) - needed:
+                shutil.rmtree(folder)
         barrier()
-
-    def _reference_of(self, pairs: Sequence[PreferencePair], like: PairLogprobs) -> PairLogprobs:
-        device = like.chosen_B.device
-        values_B2 = torch.tensor([self._reference[p.pair_id] for p in pairs], device=device)
-        return PairLogprobs(
-            chosen_B=values_B2[:, 0],
-            rejected_B=values_B2[:, 1],
-            chosen_tokens_B=like.chosen_tokens_B,
-            rejected_tokens_B=like.rejected_tokens_B,
-        )
-
-
-def _local_means(
-    output: PairLoss, policy: PairLogprobs, reference: PairLogprobs
-) -> dict[str, float]:
-    chosen_B = policy.chosen_B.detach() / policy.chosen_tokens_B
-    rejected_B = policy.rejected_B.detach() / policy.rejected_tokens_B
-    chosen_drop_B = reference.chosen_B / reference.chosen_tokens_B - chosen_B
-    rejected_drop_B = reference.rejected_B / reference.rejected_tokens_B - rejected_B
-    values = {
-        "loss": output.loss_B.detach(),
-        "anchor": output.anchor_B.detach(),
-        "accuracy": (output.margin_B > 0).float(),
-        "margin": output.margin_B,
-        "chosen_reward": output.chosen_reward_B,
-        "rejected_reward": output.rejected_reward_B,
-        "chosen_logprob": chosen_B,
-        "rejected_logprob": rejected_B,
-        "chosen_drop": chosen_drop_B,
-        # E[log reference - log policy] a token, over answers that the reference drew itself:
-        # KL(reference || policy) for ranked pairs; golden answers are not the reference's.
-        "kl_k1": (chosen_drop_B + rejected_drop_B) / 2,
-    }
-    return {name: float(value_B.mean()) for name, value_B in values.items()}
-
-
-def _means(output: PairLoss, policy: PairLogprobs, reference: PairLogprobs) -> dict[str, float]:
-    """Return means over the pairs of all ranks."""
-    values = _local_means(output, policy, reference)
-    count = len(output.loss_B)
-    row = torch.tensor([*values.values(), 1.0], device=output.loss_B.device)  # NCCL takes no other
-    totals = global_sum(row * count)
-    return {name: float(totals[i] / totals[-1]) for i, name in enumerate(values)}

@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from speechalign.artifacts import commit_folder, is_committed, partial_folder, verify_folder
+from speechalign.artifacts import is_committed, verify_folder
 from speechalign.config.load import config_hash
 from speechalign.config.training import (
     RewardModelConfig,
@@ -21,10 +21,11 @@ from speechalign.config.training import (
     SftNarConfig,
     TrainingConfig,
 )
-from speechalign.errors import Diverged
+from speechalign.errors import Diverged, Stopped
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import rows_of_rank
 from speechalign.training.best_weights import BestWeights
+from speechalign.training.checkpoint import checkpoint_folder, has_checkpoint, stop_is_asked
 from speechalign.training.engine import Engine, barrier, global_mean, global_sum, world
 from speechalign.training.launch import run_workers
 from speechalign.training.metrics import MetricsWriter
@@ -121,7 +122,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     engine = Engine(task.model, config.engine, config.num_steps)
     work = work_folder(config)
     checkpoint = work / "checkpoint"
-    if is_committed(checkpoint):
+    if has_checkpoint(checkpoint):
         verify_folder(checkpoint)
         engine.load(checkpoint)
         logger.info("resumed after step %d", engine.step_index)
@@ -175,14 +176,23 @@ class _Loop:
             self._engine.update(global_mean(total, count))
 
     def after_update(self, checkpoint: Path) -> None:
-        """Log, evaluate and save when it is time."""
+        """Log, evaluate and save when it is time.
+
+        Raises:
+            Stopped: the driver was asked to end; everything is saved.
+        """
         step, config = self._engine.step_index, self._config
         if step % config.log_every == 0:
             self._log(step)
         if step % config.heldout_every == 0 or step == config.num_steps:
             self._look(step)
-        if step % config.checkpoint_every == 0 or step == config.num_steps:
-            save_checkpoint(self._engine, checkpoint)
+        asked = stop_is_asked(checkpoint.parent, self._engine.device)
+        if asked or step % config.checkpoint_every == 0 or step == config.num_steps:
+            with checkpoint_folder(checkpoint, {"step_index": step}) as partial:
+                self._engine.save(partial)
+        if asked:
+            logger.info("saved after step %d, and stopped", step)
+            raise Stopped
 
     def _look(self, step: int) -> None:
         self._engine.unwrapped.eval()
@@ -215,17 +225,3 @@ class _Loop:
                 f"the loss was not finite for {MAX_BAD_UPDATES} batches in a row, until batch "
                 f"{micro}; lower the learning rate, or look at the metrics beside the checkpoint"
             )
-
-
-def save_checkpoint(engine: Engine, folder: Path) -> None:
-    """Commit the state of all ranks; a kill in between leaves the former checkpoint."""
-    rank, _ = world()
-    partial = folder.with_name(f".{folder.name}.partial")
-    if rank == 0:
-        partial_folder(folder)
-    barrier()
-    engine.save(partial)
-    barrier()
-    if rank == 0:
-        commit_folder(partial, folder, {"step_index": engine.step_index})
-    barrier()

@@ -14,15 +14,16 @@ import torch
 from speechalign.artifacts import verify_folder
 from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.config.sampling import PromptsConfig, SamplingConfig, TransformersConfig
-from speechalign.errors import BudgetExceeded, LogprobMismatch, StaleRollouts
+from speechalign.errors import BudgetExceeded, Diverged, LogprobMismatch, StaleRollouts, Stopped
 from speechalign.policy.ar import load_ar
-from speechalign.policy.versions import Probe
+from speechalign.policy.versions import PolicyVersions, Probe
 from speechalign.rows import Row, prompts_to_table
 from speechalign.sampling.prompts import build_prompts
 from speechalign.sampling.rollouts import RolloutStage, Sampler, plan_rollouts
 from speechalign.training.metrics import read_metrics
 from speechalign.training.online import OnlineJob, OnlinePaths, OnlineTrainer, finished_steps
 from speechalign.training.online_base import OnlineTask
+from speechalign.training.stopping import STOP_REQUEST
 from speechalign.types import Measured, Score, Unmeasured
 from tests.online_toy import a_process_group
 from tests.tiny_stack import TinyStack, build_tiny_stack
@@ -160,6 +161,43 @@ def test_a_killed_training_ends_like_one_that_was_left_alone(
     assert rows[0] == rows[1]
     looks = [row["step"] for row in killed.metrics() if "heldout_reward" in row]
     assert looks == ([0, 1, 4] if "max_staleness" in changes else [0, 2, 4])
+
+
+def test_a_training_that_is_asked_to_stop_saves_and_goes_on_where_it_was(
+    stack: TinyStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = a_config(num_steps=2, checkpoint_every=10)
+    whole, stopped = (Run(stack, tmp_path / name, config) for name in ("whole", "stopped"))
+    whole.train().commit()
+    request = stopped.paths.work / STOP_REQUEST
+    request.parent.mkdir(parents=True)
+
+    request.touch()  # while it waits for a block, which it then does not learn from
+    with pytest.raises(Stopped):
+        stopped.train(until_killed(stopped.blocks(), 1))
+    assert finished_steps(stopped.paths) == 0
+    with pytest.raises(Diverged, match="the trainer stopped"):
+        PolicyVersions(stopped.paths.versions).wait_for(1, timeout_s=1.0)
+    request.unlink()
+
+    learn: Any = vars(OnlineTrainer)["_learn"]
+
+    def asked_and_learn(*arguments: Any) -> Any:
+        request.touch()
+        return learn(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):  # while it learns
+        patch.setattr(OnlineTrainer, "_learn", asked_and_learn)
+        stopped.train(until_killed(stopped.blocks(), 1))
+    assert finished_steps(stopped.paths) == 1
+    request.unlink()
+
+    stopped.train().commit()
+    rewards = [
+        [row["reward"] for row in run.metrics() if "reward" in row] for run in (whole, stopped)
+    ]
+    assert rewards[0] == pytest.approx(rewards[1])
+    assert len(rewards[0]) == 2
 
 
 def test_a_step_moves_the_policy_and_raises_the_reward(stack: TinyStack, tmp_path: Path):

@@ -1,0 +1,111 @@
+"""A batch of pairs, read by the policy in training and by its reference."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from speechalign.config.preference_training import PreferenceTrainingConfig
+from speechalign.training.engine import Engine, global_sum
+from speechalign.training.losses import PairLogprobs, PairLoss, pair_loss, reference_point
+from speechalign.training.reference import (
+    answer_sums,
+    cached_reference_logprobs,
+    mismatched,
+    pair_logprobs,
+)
+from speechalign.types import PreferencePair
+
+ReferenceLogprobs = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What came of a batch."""
+
+    loss: PairLoss
+    policy: PairLogprobs
+    reference: PairLogprobs
+
+
+class PairComparison:
+    """Compares pairs with one model in memory: the reference's log-probs come from a cache.
+
+    Args:
+        config: of the training.
+        engine: holds the policy.
+        pairs: all that will be compared.
+        reference: the folder of the reference policy.
+        cache: the folder that its log-probs are kept in, and beside it.
+    """
+
+    def __init__(
+        self,
+        config: PreferenceTrainingConfig,
+        engine: Engine,
+        pairs: Sequence[PreferencePair],
+        reference: Path,
+        cache: Path,
+    ) -> None:
+        self._config, self._engine = config, engine
+        precision = config.engine.precision
+        self._reference: ReferenceLogprobs = cached_reference_logprobs(
+            reference, pairs, cache, precision
+        )
+        self._mismatched: dict[str, PreferencePair] = {}
+        self._mismatched_reference: ReferenceLogprobs = {}
+        if config.loss.variant == "kto":
+            self._mismatched = {pair.pair_id: pair for pair in mismatched(pairs)}
+            self._mismatched_reference = cached_reference_logprobs(
+                reference,
+                list(self._mismatched.values()),
+                cache.with_name(f"{cache.name}-mismatched"),
+                precision,
+            )
+
+    def compare(self, pairs: Sequence[PreferencePair], *, num_counted: int) -> Compared:
+        """Return loss and log-probs of pairs; every rank must call it.
+
+        Args:
+            pairs: of this rank.
+            num_counted: how many of them are more than company for the other ranks.
+        """
+        policy = self._policy_logprobs(pairs)
+        reference = self._reference_of(pairs, policy)
+        kl = self._reference_point(pairs[:num_counted])
+        loss = pair_loss(policy, reference, self._config, kl)
+        return Compared(loss=loss, policy=policy, reference=reference)
+
+    def _policy_logprobs(self, pairs: Sequence[PreferencePair]) -> PairLogprobs:
+        tells_feedback = self._config.method == "coh"
+        with self._engine.autocast():
+            return pair_logprobs(self._engine.module, pairs, tells_feedback=tells_feedback)
+
+    @torch.no_grad()
+    def _reference_point(self, pairs: Sequence[PreferencePair]) -> float:
+        """Return KTO's z0 of the pairs of all ranks; every rank must call it."""
+        if not self._mismatched:
+            return 0.0
+        others = [self._mismatched[pair.pair_id] for pair in pairs]
+        rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
+        device = self._engine.device
+        sums = torch.zeros(2, device=device)
+        if rows:
+            with self._engine.autocast():
+                policy_B = answer_sums(self._engine.module, rows)
+            reference = [self._mismatched_reference[pair.pair_id][0] for pair in others]
+            differences_B = policy_B - torch.tensor(reference, device=device)
+            sums = torch.stack([differences_B.sum(), differences_B.new_tensor(float(len(rows)))])
+        total, count = global_sum(sums)
+        return reference_point(total, count)
+
+    def _reference_of(self, pairs: Sequence[PreferencePair], like: PairLogprobs) -> PairLogprobs:
+        device = like.chosen_B.device
+        values_B2 = torch.tensor([self._reference[p.pair_id] for p in pairs], device=device)
+        return PairLogprobs(
+            chosen_B=values_B2[:, 0],
+            rejected_B=values_B2[:, 1],
+            chosen_tokens_B=like.chosen_tokens_B,
+            rejected_tokens_B=like.rejected_tokens_B,
+        )
