@@ -124,8 +124,6 @@ def pool_labels(values: Values) -> list[dict[str, str]]:
 
 def _fits(value: Any, shape: Any, where: str) -> Iterator[Finding]:
     """Compare a value with a table: names, types, required fields."""
-    if shape is ANY:
-        return
     if isinstance(shape, dict):
         yield from _fits_table(value, shape, where)
     elif isinstance(shape, list):
@@ -133,7 +131,12 @@ def _fits(value: Any, shape: Any, where: str) -> Iterator[Finding]:
             yield Finding(where, "must be a list")
         for number, one in enumerate(items(value)):
             yield from _fits(one, shape[0], join(where, number))
-    elif isinstance(shape, tuple) and isinstance(shape[0], str):
+    elif shape is not ANY:
+        yield from _fits_leaf(value, shape, where)
+
+
+def _fits_leaf(value: Any, shape: Any, where: str) -> Iterator[Finding]:
+    if isinstance(shape, tuple) and isinstance(shape[0], str):
         if value not in shape:
             yield Finding(where, f"{value!r} is not one of {', '.join(shape)}")
     elif not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):

@@ -10,33 +10,12 @@ from typing import Any
 from speechalign.clusters.findings import Finding, Values, items, join, mapping, unknown_keys
 
 POOL_LABEL = "speechalign-pool"
+SHARED_KEYS = frozenset({"type", "region", "availability_zone", "cache_stopped_nodes",
+                         "use_internal_ips"})  # fmt: skip
 PROVIDER_KEYS: Mapping[str, frozenset[str]] = {
-    "aws": frozenset(
-        [
-            "type",
-            "region",
-            "availability_zone",
-            "cache_stopped_nodes",
-            "use_internal_ips",
-            "key_pair",
-            "security_group",
-            "cloudwatch",
-            "disable_launch_config_check",
-        ]
-    ),
-    "gcp": frozenset(
-        [
-            "type",
-            "region",
-            "availability_zone",
-            "project_id",
-            "cache_stopped_nodes",
-            "use_internal_ips",
-        ]
-    ),
-    "local": frozenset(
-        ["type", "head_ip", "worker_ips", "coordinator_address", "external_head_ip"]
-    ),
+    "aws": SHARED_KEYS | {"key_pair", "security_group", "cloudwatch"},
+    "gcp": SHARED_KEYS | {"project_id"},
+    "local": frozenset({"type", "head_ip", "worker_ips", "external_head_ip"}),
 }
 
 
@@ -76,7 +55,10 @@ def check_ray_up(values: Values, folder: Path) -> list[Finding]:
         values: the file.
         folder: it lies in; `file_mounts` are relative to the working directory, as in `ray up`.
     """
-    checks = (_ray_says, _limits, _head, _provider, _files, _image, _token, _commands, _machines)
+    checks = (
+        _ray_says, _limits, _head, _workers, _provider, _files, _image, _token, _commands,
+        _machines,
+    )  # fmt: skip
     return sorted({finding for check in checks for finding in check(values)})
 
 
@@ -133,8 +115,11 @@ def _head(values: Values) -> Iterator[Finding]:
         yield Finding(join(where, "resources"), "set CPU: 0, so that no work lands on the head")
     if _is_spot(mapping(head.get("node_config"))):
         yield Finding(join(where, "node_config"), "a spot head takes the whole cluster with it")
+
+
+def _workers(values: Values) -> Iterator[Finding]:
     for worker, place, one in _types(values):
-        if worker == name:
+        if worker == values.get("head_node_type"):
             continue
         pool = mapping(one.get("labels")).get(POOL_LABEL)
         if pool is None:

@@ -11,20 +11,8 @@ from speechalign.config.serving import ServingConfig
 from speechalign.errors import ConfigError
 
 OURS = "speechalign.serving.app:build"
-RUNTIME_KEYS = frozenset(
-    [
-        "env_vars",
-        "working_dir",
-        "py_modules",
-        "excludes",
-        "pip",
-        "uv",
-        "conda",
-        "image_uri",
-        "py_executable",
-        "config",
-    ]
-)
+RUNTIME_KEYS = frozenset({"env_vars", "working_dir", "py_modules", "excludes", "pip", "uv", "conda",
+                          "image_uri", "py_executable", "config"})  # fmt: skip
 EVERYBODY = ("0.0.0.0", "::", "")
 
 
@@ -113,6 +101,8 @@ def _ours(args: Values, http: Values, where: str) -> Iterator[Finding]:
         return
     host = str(http.get("host", "0.0.0.0"))
     if host in EVERYBODY and config.access.allow_anonymous:
-        yield Finding(join(where, "access.allow_anonymous"),
-                      f"everybody reaches {host or 'all addresses'} and needs no key; set keys_file, "
-                      "or http_options.host to 127.0.0.1")  # fmt: skip
+        yield Finding(
+            join(where, "access.allow_anonymous"),
+            f"everybody reaches {host or 'all addresses'} without a key; set keys_file, or "
+            "http_options.host to 127.0.0.1",
+        )

@@ -33,7 +33,7 @@ from speechalign.policy.nar import load_nar
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import GOLDEN, RENDERED, waveform_from_pcm
 from speechalign.sampling import rollouts
-from speechalign.sampling.pipeline import SECONDS, stream
+from speechalign.sampling.pipeline import SECONDS, possible_resources, stream
 from speechalign.sampling.pipeline import check_resources as check_pools
 from speechalign.sampling.prompts import admit_prompts, build_prompts
 from speechalign.sampling.rendering import FAILED
@@ -124,10 +124,8 @@ def check_artifacts(config: AlignConfig) -> str:
 
 def check_resources(config: AlignConfig) -> str:
     """Start or join Ray and compare what the pools want with what there is."""
-    import ray
-
     with connected():
-        available = ray.cluster_resources()
+        available = possible_resources()
         judging = judging_stages(config, config.policy, config.judges)
         stages = [sampling_stage(config, config.policy), *judging]
         check_pools(stages, available)

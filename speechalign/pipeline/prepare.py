@@ -19,6 +19,7 @@ from speechalign.errors import DataError
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.text import TextFrontend
 from speechalign.rows import GOLDEN, QUARANTINE, Row
+from speechalign.sampling.pipeline import placed
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:
         batch_format="pyarrow",
         num_cpus=config.pool.num_cpus,
         num_gpus=config.pool.num_gpus,
+        **placed(config.pool),
     )
     batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     return pa.concat_tables([batch.cast(PREPARED) for batch in batches])

@@ -113,7 +113,7 @@ def check_resources(stages: Sequence[Stage], available: Mapping[str, float]) -> 
 
     Args:
         stages: of one pipeline; all their actors live at the same time.
-        available: of the cluster, as `ray.cluster_resources` tells.
+        available: of the cluster, as `possible_resources` tells.
 
     Raises:
         ConfigError: naming what is missing, and which stage wants how much.
@@ -131,6 +131,19 @@ def check_resources(stages: Sequence[Stage], available: Mapping[str, float]) -> 
             )
 
 
+def possible_resources() -> dict[str, float]:
+    """Return what the cluster has, or could have when its autoscaler has added all nodes it may.
+
+    The autoscaler tells Ray its node types; a cluster without one has what it has.
+    """
+    from ray._private.state import state  # the one place; Ray Train and Ray Data read it there too
+
+    possible: dict[str, float] = dict(ray.cluster_resources())
+    for name, most in (state.get_max_resources_from_cluster_config() or {}).items():
+        possible[name] = max(possible.get(name, 0.0), float(most))
+    return possible
+
+
 def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
     """Return the dataset that pulls the rows of `table` through the stages.
 
@@ -139,7 +152,7 @@ def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
     Raises:
         ConfigError: the cluster is too small for the pools.
     """
-    check_resources(stages, ray.cluster_resources())
+    check_resources(stages, possible_resources())
     size = stages[0].pool.batch_size
     blocks = [table.slice(start, size) for start in range(0, table.num_rows, size)]
     return stream_blocks(blocks, stages)

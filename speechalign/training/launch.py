@@ -58,7 +58,10 @@ def run_workers(
         _Worker(train, workers.threads_per_worker),
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=uses_gpu, resources_per_worker=resources
+            num_workers=workers.num_workers,
+            use_gpu=uses_gpu,
+            resources_per_worker=resources,
+            label_selector=workers.label_selector or None,
         ),
         datasets=dict(datasets or {}),
         dataset_config=DataConfig(
