@@ -6,7 +6,7 @@ A plain FastAPI application; Serve runs it in every replica of the ingress.
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.datastructures import UploadFile
+from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from speechalign.config.serving import Name
 from speechalign.serving import schema
@@ -232,16 +233,33 @@ def build_api(service: SpeechService, gate: Gate, telemetry: Telemetry) -> FastA
     api.add_exception_handler(HTTPException, on_http_error)
     api.add_exception_handler(RequestValidationError, on_bad_request)
     api.add_exception_handler(Exception, on_problem)
-    api.middleware("http")(_with_request_id)
+    api.add_middleware(RequestIds)
     return api
 
 
-async def _with_request_id(
-    request: Request, call_next: Callable[[Request], Awaitable[Response]]
-) -> Response:
-    response = await call_next(request)
-    response.headers["X-Request-Id"] = _request_id(request)
-    return response
+class RequestIds:
+    """Gives every answer the id of its request.
+
+    Plain ASGI: Starlette's own kind of middleware would end a stream that failed as if it were
+    whole.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-Id"] = _request_id(request)
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 def _request_id(request: Request) -> str:

@@ -1,9 +1,10 @@
 """The contract of the speech API: every good request is spoken, every bad one refused exactly."""
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ import pytest
 import soundfile as sf
 from starlette.testclient import TestClient
 
-from speechalign.serving.keys import ApiKey
+from speechalign.errors import EngineDead
+from speechalign.serving.api import build_api
+from speechalign.serving.keys import ApiKey, Gate
+from speechalign.serving.renderer import VoiceRenderer
 from speechalign.serving.service import SpeechService
+from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken
+from speechalign.serving.telemetry import Telemetry
 from tests.serving_stack import AUTHORISED, KEY, LINE, build_service, client_of, serving_config
 
 SPEECH = "/v1/audio/speech"
@@ -103,6 +109,57 @@ def test_a_json_number_is_taken_however_it_is_written(client: TestClient, change
     assert client.post(SPEECH, json=LINE | change | {"response_format": "pcm"}).content == (
         plain.content
     )
+
+
+class Mortal:
+    """A speaker that dies after its first words."""
+
+    def __init__(self, speaker: PolicySpeaker) -> None:
+        self._speaker = speaker
+
+    async def facts(self) -> dict[str, Any]:
+        return await self._speaker.facts()
+
+    async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
+        count = 0
+        async for spoken in self._speaker.speak(ask):
+            yield spoken
+            count += spoken.codes_kT.shape[1]
+            if count > 60:
+                raise EngineDead("killed")
+
+
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> SpeechService:
+    config = serving_config(tmp_path_factory.mktemp("mortal"))
+    speaker = PolicySpeaker(config)
+    asyncio.run(speaker.reconfigure({"path": "speechalign/assets/ar"}))
+    return SpeechService(config, {"base": Mortal(speaker)}, VoiceRenderer(config), Telemetry())
+
+
+LONGER = LINE | {"input": "The harbour was quiet in the morning.", "response_format": "wav"}
+
+
+def test_a_stream_that_fails_is_never_ended_as_if_it_were_whole(mortal: SpeechService):
+    api = build_api(mortal, Gate([], mortal.config.limits), Telemetry())
+    with TestClient(api, raise_server_exceptions=True) as client, pytest.raises(EngineDead):
+        client.post(SPEECH, json=LONGER)
+
+
+def test_a_failure_after_the_first_event_is_told_by_an_event(mortal: SpeechService):
+    with client_of(mortal) as client:
+        answer = client.post(SPEECH, json=LONGER | {"stream_format": "sse"})
+    assert answer.status_code == 200
+    last = json.loads(answer.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["type"] == "speech.audio.error"
+    assert last["error"]["code"] == "engine_failed"
+
+
+def test_a_failure_before_the_first_sound_is_a_server_error(mortal: SpeechService):
+    with client_of(mortal) as client:
+        answer = client.post(SPEECH, json=LONGER | {"response_format": "flac"})
+    assert refused(answer) == (500, None, "engine_failed")
+    assert "killed" not in answer.text
 
 
 def refused(answer: Any) -> tuple[int, str | None, str | None]:
