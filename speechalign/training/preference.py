@@ -288,7 +288,9 @@ class _PreferenceTrainer:
     def _policy_logprobs(self, pairs: Sequence[PreferencePair]) -> PairLogprobs:
         tells_feedback = self._config.method == "coh"
         with self._engine.autocast():
-            return pair_logprobs(self._engine.module, pairs, tells_feedback=tells_feedback)
+            return pair_logprobs(
+                self._engine.module, pairs, tells_feedback=tells_feedback, with_entropy=True
+            )
 
     @torch.no_grad()
     def _reference_point(self, pairs: Sequence[PreferencePair]) -> float:
@@ -359,6 +361,8 @@ def _local_means(
         # KL(reference || policy) for ranked pairs; golden answers are not the reference's.
         "kl_k1": (chosen_drop_B + rejected_drop_B) / 2,
     }
+    if policy.entropy_B is not None:
+        values["entropy"] = policy.entropy_B
     return {name: float(value_B.mean()) for name, value_B in values.items()}
 
 

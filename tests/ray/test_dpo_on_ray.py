@@ -82,13 +82,17 @@ def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
     one, two = (
         trained(stack, tmp_path, a_config(num, stage), pairs) for num, stage in ((1, 0), (2, 2))
     )
-    losses = [
-        [row["loss"] for row in read_metrics(paths.work / "metrics.jsonl") if "loss" in row]
-        for paths in (one, two)
-    ]
+    losses, entropies = (
+        [
+            [row[name] for row in read_metrics(paths.work / "metrics.jsonl") if "loss" in row]
+            for paths in (one, two)
+        ]
+        for name in ("loss", "entropy")
+    )
     assert len(losses[0]) >= 3
     assert losses[0][-1] < losses[0][0]
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+    np.testing.assert_allclose(entropies[0], entropies[1], atol=1e-5)
     weights = [load_ar(paths.output).model.state_dict() for paths in (one, two)]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-5, rtol=1e-4)
