@@ -3,20 +3,24 @@
     FOLDER/config.json  model.safetensors  vocabulary.json  manifest.json
 
 Facts in the manifest: kind "ar", codec_fingerprint, policy_version, prefix_frames.
+
+transformers takes 5 s of a core to import: only who builds or loads a model waits for it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from speechalign.artifacts import committed_folder, verify_folder
 from speechalign.config.policy import ArConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.policy.vocabulary import EOS_ID, PAD_ID, SPEAKER_ID, Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOCABULARY = "vocabulary.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,13 +30,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LoadedPolicy:
     """A policy ready to compute with."""
 
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     vocabulary: Vocabulary
     facts: Mapping[str, Any]
 
 
-def build_ar(config: ArConfig, vocabulary: Vocabulary) -> PreTrainedModel:
+def build_ar(config: ArConfig, vocabulary: Vocabulary) -> "PreTrainedModel":
     """Return a fresh Llama-shaped model; weights come from torch's current seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     hidden = config.hidden_size
     make_config: Any = LlamaConfig  # its signature hides what PretrainedConfig takes
     return LlamaForCausalLM(
@@ -54,7 +60,7 @@ def build_ar(config: ArConfig, vocabulary: Vocabulary) -> PreTrainedModel:
 
 
 def save_ar(
-    folder: Path, model: PreTrainedModel, vocabulary: Vocabulary, facts: Mapping[str, Any]
+    folder: Path, model: "PreTrainedModel", vocabulary: Vocabulary, facts: Mapping[str, Any]
 ) -> None:
     """Commit a policy: whole or not at all."""
     missing = {"codec_fingerprint", "policy_version", "prefix_frames"} - facts.keys()
@@ -87,6 +93,8 @@ def load_ar(folder: Path, *, device: str = "cpu", dtype: str = "fp32") -> Loaded
         ConfigError: the folder holds no AR policy.
         CorruptArtifact: a file differs from the manifest.
     """
+    from transformers import AutoModelForCausalLM
+
     facts = check_ar(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
     moved: Any = model  # to() is decorated beyond what a type checker follows

@@ -34,14 +34,15 @@ class PairLogprobs:
     chosen_tokens_B: Tensor
     """How many tokens the sums are over."""
     rejected_tokens_B: Tensor
+    entropy_B: Tensor | None = None
+    """Of the model where it says both answers, a token, in nats, without gradient; if asked for."""
 
     def normalised(self) -> "PairLogprobs":
         """Return means over tokens in place of sums."""
-        return PairLogprobs(
+        return replace(
+            self,
             chosen_B=self.chosen_B / self.chosen_tokens_B,
             rejected_B=self.rejected_B / self.rejected_tokens_B,
-            chosen_tokens_B=self.chosen_tokens_B,
-            rejected_tokens_B=self.rejected_tokens_B,
         )
 
 

@@ -80,7 +80,9 @@ class PairComparison:
     def _policy_logprobs(self, pairs: Sequence[PreferencePair]) -> PairLogprobs:
         tells_feedback = self._config.method == "coh"
         with self._engine.autocast():
-            return pair_logprobs(self._engine.module, pairs, tells_feedback=tells_feedback)
+            return pair_logprobs(
+                self._engine.module, pairs, tells_feedback=tells_feedback, with_entropy=True
+            )
 
     @torch.no_grad()
     def _reference_point(self, pairs: Sequence[PreferencePair]) -> float:

@@ -27,6 +27,8 @@ def local_means(compared: Compared) -> dict[str, float]:
         # KL(reference || policy) for ranked pairs; golden answers are not the reference's.
         "kl_k1": (chosen_drop_B + rejected_drop_B) / 2,
     }
+    if policy.entropy_B is not None:
+        values["entropy"] = policy.entropy_B
     return {name: float(value_B.mean()) for name, value_B in values.items()}
 
 

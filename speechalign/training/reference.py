@@ -28,7 +28,7 @@ from speechalign.artifacts import (
 from speechalign.errors import ConfigError, LogprobMismatch
 from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import load_ar
-from speechalign.policy.logprobs import answer_logprobs
+from speechalign.policy.logprobs import answer_logprobs, token_entropies
 from speechalign.policy.prompt_format import with_feedback
 from speechalign.training.losses import PairLogprobs
 from speechalign.types import PreferencePair, Sample
@@ -91,7 +91,11 @@ def sampler_difference(policy_folder: Path, samples: Sequence[Sample], tolerance
 
 
 def pair_logprobs(
-    model: nn.Module, pairs: Sequence[PreferencePair], *, tells_feedback: bool = False
+    model: nn.Module,
+    pairs: Sequence[PreferencePair],
+    *,
+    tells_feedback: bool = False,
+    with_entropy: bool = False,
 ) -> PairLogprobs:
     """Return summed log-probabilities of both sides, from one forward pass over all answers.
 
@@ -99,6 +103,7 @@ def pair_logprobs(
         model: the policy or its reference.
         pairs: one prompt each.
         tells_feedback: the prompts say which side it is, as chain of hindsight wants.
+        with_entropy: from the same logits.
     """
     good = [_prompt(pair, is_good=True if tells_feedback else None) for pair in pairs]
     bad = [_prompt(pair, is_good=False if tells_feedback else None) for pair in pairs]
@@ -106,14 +111,21 @@ def pair_logprobs(
     rows += [(prompt, p.rejected_token_ids) for prompt, p in zip(bad, pairs, strict=True)]
     device = next(model.parameters()).device
     batch = collate_answers(rows).to(device)
-    summed_B = _forward(model, batch).sum(1)
+    logits_BSV = _logits(model, batch)
+    summed_B = answer_logprobs(logits_BSV, batch.input_ids_BS, batch.answer_mask_BS).sum(1)
     tokens_B = batch.answer_mask_BS.sum(1)
     count = len(pairs)
+    entropy_B = None
+    if with_entropy:
+        entropy_BS = token_entropies(logits_BSV.detach(), batch.answer_mask_BS)
+        entropy_B = (entropy_BS[:count] + entropy_BS[count:]).sum(1)
+        entropy_B = entropy_B / (tokens_B[:count] + tokens_B[count:])
     return PairLogprobs(
         chosen_B=summed_B[:count],
         rejected_B=summed_B[count:],
         chosen_tokens_B=tokens_B[:count],
         rejected_tokens_B=tokens_B[count:],
+        entropy_B=entropy_B,
     )
 
 
@@ -158,10 +170,14 @@ def token_logprobs(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
     return _forward(model, batch)
 
 
-def _forward(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
-    logits_BSV = model(
+def _logits(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
+    return model(
         input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
     ).logits
+
+
+def _forward(model: nn.Module, batch: AnswerBatch) -> torch.Tensor:
+    logits_BSV = _logits(model, batch)
     return answer_logprobs(logits_BSV, batch.input_ids_BS, batch.answer_mask_BS)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from speechalign.cli import main
+
 RECIPE = Path(__file__).parents[2] / "jobs" / "align-embedded-cpu.yaml"
 
 
@@ -35,8 +37,21 @@ def test_a_dry_run_prints_the_whole_recipe_and_reads_back():
         ("rendering.num_levels=8", "knows"),
     ],
 )
-def test_a_mistake_in_a_recipe_is_exit_code_2_and_one_message(override: str, message: str):
-    result = run("align", str(RECIPE), override)
+def test_a_mistake_in_a_recipe_is_exit_code_2_and_one_message(
+    override: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(sys, "argv", ["speechalign", "align", str(RECIPE), override])
+    with pytest.raises(SystemExit) as stopped:
+        main()  # here: a process of its own would import torch to say one sentence
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_mistake_ends_the_process_without_a_traceback():
+    result = run("align", str(RECIPE), "training.loss.bta=1")
     assert result.returncode == 2
-    assert message in result.stderr
+    assert "did you mean 'beta'" in result.stderr
     assert "Traceback" not in result.stderr

@@ -10,25 +10,23 @@ from speechalign.artifacts import verify_folder
 from speechalign.config.load import dump_yaml
 from speechalign.errors import ConfigError, CorruptArtifact
 from speechalign.pipeline.align import StageName, run_align
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.ray.conftest import FinishedRun
+from tests.tiny_stack import TinyStack, tiny_recipe
 
 STEPS: tuple[StageName, ...] = ("samples", "scored", "pairs")
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.timeout(1200),  # the finished run may be the first user's to wait for
+]
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
-
-
-def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, tmp_path: Path):
-    config = tiny_recipe(stack, tmp_path / "run")
-    outcome = run_align(config)
-
-    run = config.run_dir
-    assert "before" in outcome.text
-    assert "iteration 1" in outcome.text
+def test_one_command_runs_every_stage_and_again_does_nothing(finished: FinishedRun):
+    run = finished.folder
+    assert "before" in finished.text
+    assert "iteration 1" in finished.text
     facts = verify_folder(run / "iteration-1" / "policy")
     assert facts["policy_version"] == 1
     pairs = verify_folder(run / "iteration-1" / "pairs")
@@ -40,26 +38,27 @@ def test_one_command_runs_every_stage_and_again_does_nothing(stack: TinyStack, t
     assert set(after["policy_version"].to_pylist()) == {1}
     page = (run / "report.html").read_text()
     assert "data:audio/flac" in page
-    assert "t-SNE of golden and synthetic answers, iteration 1" in page
-    assert "AUC golden against synthetic tokens, iteration 1" in outcome.text
+    assert "t-SNE of golden and synthetic answers, iteration 2" in page
+    assert "AUC golden against synthetic tokens, iteration 1" in finished.text
     first_look = json.loads(
         (run / "iteration-1" / "policy-work" / "metrics.jsonl").read_text().splitlines()[0]
     )
     assert first_look["heldout_loss"] == pytest.approx(0.693147, abs=1e-3)
 
     hashes = {path: path.stat().st_mtime_ns for path in sorted(run.rglob("manifest.json"))}
-    run_align(config)
+    run_align(finished.config)
     assert {path: path.stat().st_mtime_ns for path in sorted(run.rglob("manifest.json"))} == hashes
 
 
-def test_stages_one_by_one_make_what_one_command_makes(stack: TinyStack, tmp_path: Path):
-    whole, stepwise = tiny_recipe(stack, tmp_path / "a"), tiny_recipe(stack, tmp_path / "b")
-    run_align(whole, until="pairs")
+def test_stages_one_by_one_make_what_one_command_makes(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
+    stepwise = tiny_recipe(stack, tmp_path / "run")
     for stage in STEPS:
         run_align(stepwise, until=stage)
     tables = [
         pq.read_table(config.run_dir / "iteration-1" / "pairs" / "pairs.parquet")
-        for config in (whole, stepwise)
+        for config in (finished.config, stepwise)
     ]
     assert tables[0].equals(tables[1])
 
@@ -75,9 +74,11 @@ def test_more_workers_than_the_machine_has_are_refused_before_anything_is_sample
     assert not (config.run_dir / "prompts").exists()
 
 
-def test_a_damaged_stage_is_found_before_anything_builds_on_it(stack: TinyStack, tmp_path: Path):
+def test_a_damaged_stage_is_found_before_anything_builds_on_it(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
     config = tiny_recipe(stack, tmp_path / "run")
-    run_align(config, until="pairs")
+    finished.start_from(config, "prompts", "iteration-1/scored", "iteration-1/pairs")
     path = config.run_dir / "iteration-1" / "pairs" / "pairs.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -86,7 +87,5 @@ def test_a_damaged_stage_is_found_before_anything_builds_on_it(stack: TinyStack,
         run_align(config, until="policy")
 
 
-def test_a_recipe_reads_back_from_its_run(stack: TinyStack, tmp_path: Path):
-    config = tiny_recipe(stack, tmp_path / "run")
-    run_align(config, until="samples")
-    assert (config.run_dir / "config.yaml").read_text() == dump_yaml(config)
+def test_a_recipe_reads_back_from_its_run(finished: FinishedRun):
+    assert (finished.folder / "config.yaml").read_text() == dump_yaml(finished.config)

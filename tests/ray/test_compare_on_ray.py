@@ -9,14 +9,17 @@ import pytest
 from speechalign.config.compare import CompareConfig
 from speechalign.config.load import dump_yaml
 from speechalign.pipeline.compare import run_compare
-from tests.tiny_stack import build_tiny_stack, tiny_recipe
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
 @pytest.mark.timeout(900)
-def test_two_arms_and_a_reward_model_make_one_table(tmp_path: Path):
-    stack = build_tiny_stack(tmp_path / "stack")
+def test_two_arms_and_a_reward_model_make_one_table(stack: TinyStack, tmp_path: Path):
     recipe = tmp_path / "align.yaml"
     recipe.write_text(dump_yaml(tiny_recipe(stack, tmp_path / "unused")))
     reward = tmp_path / "reward.yaml"

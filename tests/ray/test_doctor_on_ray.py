@@ -4,14 +4,13 @@ import pytest
 
 from speechalign.pipeline import doctor
 from speechalign.pipeline.doctor import examine
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
 def test_a_policy_that_says_nothing_is_found_out(stack: TinyStack, tmp_path: Path):

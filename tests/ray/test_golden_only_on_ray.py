@@ -8,13 +8,16 @@ import pytest
 from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.pipeline.align import run_align
-from tests.tiny_stack import build_tiny_stack, tiny_recipe
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
-def test_golden_pairs_are_made_without_a_judge(tmp_path: Path):
-    stack = build_tiny_stack(tmp_path / "stack")
+def test_golden_pairs_are_made_without_a_judge(stack: TinyStack, tmp_path: Path):
     values = tiny_recipe(stack, tmp_path / "run").model_dump(mode="json")
     values |= {"judges": [], "reward": {}, "pairing": {"kinds": ["golden"]}}
     values["sampling"]["samples_per_prompt"] = 1

@@ -1,7 +1,6 @@
-"""The wheel turns three times: which pairs it keeps, what it reports, when a guard stops it."""
+"""The wheel turns twice: which pairs it keeps, what it reports, when a guard stops it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,47 +10,37 @@ import pytest
 from speechalign.artifacts import committed_folder, manifest_facts, verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.pipeline.align import run_align
-from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.pair import write_pairs
 from speechalign.sampling.pipeline import SCORED
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.ray.conftest import FinishedRun
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"), num_clips=72)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with connected():  # one for all tests of the file
-        yield
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.timeout(1200),  # the finished run may be the first user's to wait for
+]
 
 
-def versions_of_pairs(run_dir: Path) -> list[list[int]]:
+def versions_of_pairs(run_dir: Path, num_iterations: int) -> list[list[int]]:
     """Return, for each iteration, the policy versions whose samples it was trained on, in order."""
     tables = [
         pq.read_table(run_dir / f"iteration-{number}" / "pairs" / "pairs.parquet")
-        for number in (1, 2, 3)
+        for number in range(1, num_iterations + 1)
     ]
     return [list(dict.fromkeys(row["policy_version"] for row in t.to_pylist())) for t in tables]
 
 
-@pytest.mark.timeout(1200)
-def test_three_iterations_are_reported_one_by_one(stack: TinyStack, tmp_path: Path):
-    pipeline = {"iterations": 3, "reference": "first"}
-    config = tiny_recipe(stack, tmp_path / "run", pipeline=pipeline)
-    outcome = run_align(config)
-    run = config.run_dir
-    assert versions_of_pairs(run) == [[0], [0, 1], [1, 2]]  # by default, the one before
-    for number in (1, 2, 3):
+def test_iterations_are_reported_one_by_one(finished: FinishedRun):
+    run = finished.folder
+    assert versions_of_pairs(run, 2) == [[0], [0, 1]]
+    for number in (1, 2):
         assert verify_folder(run / f"iteration-{number}" / "policy")["policy_version"] == number
         folder = run / f"iteration-{number}" / "evaluation" / SCORED
         assert set(pq.read_table(folder)["policy_version"].to_pylist()) == {number}
 
-    names = ["before", "iteration 1", "iteration 2", "iteration 3"]
+    names = ["before", "iteration 1", "iteration 2"]
     result = json.loads((run / "result.json").read_text())
     assert [s["name"] for s in result["systems"][1:]] == names
     assert list(result["differences"]) == names[1:]
@@ -59,18 +48,18 @@ def test_three_iterations_are_reported_one_by_one(stack: TinyStack, tmp_path: Pa
     for name, value in zip(names[1:], later, strict=True):
         difference = result["differences"][name]["silence"]["value"]
         assert difference == pytest.approx(value - before)
-        assert f"{name}, difference (paired)" in outcome.text
+        assert f"{name}, difference (paired)" in finished.text
     page = (run / "report.html").read_text()
     assert "duration ratio, system by system" in page
-    assert page.count("DPO, iteration ") == 3
+    assert page.count("DPO, iteration ") == 2
     assert (
-        f"{manifest_facts(run / 'iteration-3' / 'pairs')['num_earlier_pairs']} of earlier" in page
+        f"{manifest_facts(run / 'iteration-2' / 'pairs')['num_earlier_pairs']} of earlier" in page
     )
 
     best = verify_folder(run / "best")
     assert best["iteration"] == result["verdict"]["best"]
     assert (run / best["policy"] / "model.safetensors").is_file()
-    assert f"best: {names[best['iteration']]}" in outcome.text
+    assert f"best: {names[best['iteration']]}" in finished.text
 
 
 def as_iteration(config: AlignConfig, number: int) -> None:
@@ -88,10 +77,12 @@ def as_iteration(config: AlignConfig, number: int) -> None:
         pq.write_table(table, partial / SCORED)
 
 
-@pytest.mark.timeout(1200)
-def test_earlier_pairs_are_none_or_the_previous_or_all(stack: TinyStack, tmp_path: Path):
+def test_earlier_pairs_are_none_or_by_default_the_previous_or_all(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
     config = tiny_recipe(stack, tmp_path / "run", pipeline={"iterations": 3})
-    run_align(config, until="scored")
+    finished.start_from(config, "prompts", "iteration-1/scored")
+    assert config.pipeline.earlier_pairs == "previous"
     kept = {
         "none": [[0], [1], [2]],
         "previous": [[0], [0, 1], [1, 2]],
@@ -104,7 +95,7 @@ def test_earlier_pairs_are_none_or_the_previous_or_all(stack: TinyStack, tmp_pat
             if number > 1:
                 as_iteration(config, number)
             write_pairs(changed, number, config.run_dir / f"iteration-{number}" / "pairs")
-        assert versions_of_pairs(config.run_dir) == versions
+        assert versions_of_pairs(config.run_dir, 3) == versions
 
 
 def lengthen(config: AlignConfig, iteration: int) -> None:
@@ -117,11 +108,12 @@ def lengthen(config: AlignConfig, iteration: int) -> None:
         pq.write_table(table.set_column(column, "duration_ratio", ratios), partial / SCORED)
 
 
-@pytest.mark.timeout(1200)
-def test_a_guard_stops_the_run_keeps_the_start_and_stops_it_again(stack: TinyStack, tmp_path: Path):
+def test_a_guard_stops_the_run_keeps_the_start_and_stops_it_again(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
     pipeline = {"iterations": 2, "guards": {"stop_when_worse": True}}
     config = tiny_recipe(stack, tmp_path / "run", pipeline=pipeline)
-    run_align(config, until="evaluation")
+    finished.start_from(config, "prompts", "iteration-0", "iteration-1")
     lengthen(config, 1)
     outcome = run_align(config)
     run = config.run_dir

@@ -1,6 +1,8 @@
-"""PPO, GRPO and online DPO through the real pipeline, on a stack of random weights."""
+"""Online methods through the real pipeline, on a stack of random weights.
 
-from collections.abc import Iterator
+What a method does with its rollouts needs no actor: tests/unit/test_online_training.py has all.
+"""
+
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +12,14 @@ from speechalign.artifacts import verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.errors import ConfigError
 from speechalign.pipeline.align import run_align
-from speechalign.pipeline.cluster import connected
 from speechalign.training.metrics import read_metrics
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"), num_clips=96)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with connected():  # one for all tests of the file
-        yield
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
 def a_recipe(stack: TinyStack, run_dir: Path, **training: Any) -> AlignConfig:
@@ -66,7 +60,6 @@ def metrics_of(config: AlignConfig) -> list[dict[str, float]]:
     [
         {"method": "grpo", "max_staleness": 1},
         {"method": "ppo"},
-        {"method": "online_dpo", "online_dpo": {"min_margin": 0.01}},
     ],
     ids=lambda training: training["method"],
 )

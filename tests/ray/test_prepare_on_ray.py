@@ -14,7 +14,11 @@ from speechalign.errors import DataError
 from speechalign.pipeline.prepare import run_prepare
 from speechalign.rows import GOLDEN, QUARANTINE
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 TEXT = "the dog slept"
 

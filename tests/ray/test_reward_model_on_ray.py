@@ -1,7 +1,6 @@
 """A reward model learns what separates the sides of its pairs, and then rewards samples."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from speechalign.config.align import AlignConfig
 from speechalign.config.training import EngineConfig, RewardModelConfig, WorkersConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.align import run_align
-from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.reward_model import train_reward_model
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import pairs_to_table
@@ -23,20 +21,13 @@ from speechalign.training.metrics import read_metrics
 from speechalign.training.preference import PAIRS, read_pairs, split_pairs
 from speechalign.training.sft import work_folder
 from speechalign.types import PairKind, PreferencePair
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with connected():  # one for all tests of the file
-        yield
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
 def write_pairs(folder: Path, fingerprint: str, count: int = 60) -> Path:

@@ -1,6 +1,6 @@
 """Rewards of one's own on the way to pairs: failures are missing, silence is not rendered."""
 
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,15 @@ from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.errors import BudgetExceeded, ConfigError
 from speechalign.pipeline.align import run_align
-from speechalign.pipeline.cluster import connected
 from speechalign.training.preference import read_pairs
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.tiny_stack import TinyStack, tiny_recipe
 from tests.user_rewards import is_one_of_ten
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with connected():  # one for all tests of the file
-        yield
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
 def a_recipe(stack: TinyStack, run_dir: Path, reward: dict[str, Any], **judge: Any) -> AlignConfig:
@@ -63,6 +55,8 @@ def test_a_reward_that_fails_for_a_tenth_of_the_samples_leaves_the_others(
         assert (pair.prompt_id, *pair.rejected_token_ids) not in unheard
 
     strict = a_recipe(stack, tmp_path / "strict", {"failure_budget": 0.01}, **judge)
+    for stage in ("prompts", "iteration-1/scored"):
+        shutil.copytree(config.run_dir / stage, strict.run_dir / stage)
     with pytest.raises(BudgetExceeded, match=r"of 36 samples have no reward.*I cannot hear"):
         run_align(strict, until="pairs")
 

@@ -1,6 +1,5 @@
 """The real stages in real Ray actors, with tiny random models."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 
 from speechalign.artifacts import verify_folder
@@ -36,7 +34,12 @@ from speechalign.sampling.pipeline import (
 )
 from speechalign.types import Prompt
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 POOL = PoolConfig(num_cpus=0.5, batch_size=2)
 NUM_PROMPTS = 5
@@ -50,13 +53,6 @@ class LengthJudge:
         seconds = [len(pcm) / 2 / 16_000 for pcm in sounds]
         batch = batch.append_column("length", pa.array(seconds, pa.float32()))
         return batch.append_column("judge_seconds", pa.array([0.5] * len(batch), pa.float32()))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=150_000_000)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +102,7 @@ def some_stages(root: Path, codec_folder: Path, *, nar_fingerprint: str | None =
 
 
 def test_prompts_become_judged_samples_in_one_committed_folder(
-    cluster: None, codec_folder: Path, tmp_path: Path
+    codec_folder: Path, tmp_path: Path
 ) -> None:
     stages = some_stages(tmp_path, codec_folder)
     table = prompts_to_table(some_prompts(EmbeddedCodec.load(codec_folder).fingerprint))
@@ -142,7 +138,7 @@ def test_prompts_become_judged_samples_in_one_committed_folder(
 
 
 def test_what_an_actor_refuses_reaches_the_driver_as_itself(
-    cluster: None, codec_folder: Path, tmp_path: Path
+    codec_folder: Path, tmp_path: Path
 ) -> None:
     stages = some_stages(tmp_path, codec_folder, nar_fingerprint="other")
     table = prompts_to_table(some_prompts(EmbeddedCodec.load(codec_folder).fingerprint))

@@ -1,6 +1,5 @@
 """Every `training.method` through the whole loop, on a stack of random weights."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,22 +9,16 @@ from speechalign.artifacts import verify_folder
 from speechalign.config.align import AlignConfig
 from speechalign.errors import ConfigError
 from speechalign.pipeline.align import run_align
-from speechalign.pipeline.cluster import connected
 from speechalign.training.metrics import read_metrics
-from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+from tests.ray.conftest import FinishedRun
+from tests.tiny_stack import TinyStack, tiny_recipe
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
-    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with connected():  # one for all tests of the file
-        yield
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.timeout(1200),  # the finished run may be the first user's to wait for
+]
 
 
 def a_recipe(stack: TinyStack, run_dir: Path, method: str, **evaluation: object) -> AlignConfig:
@@ -35,8 +28,11 @@ def a_recipe(stack: TinyStack, run_dir: Path, method: str, **evaluation: object)
     return AlignConfig.model_validate(values)
 
 
-def test_fine_tuning_on_the_chosen_makes_them_likelier(stack: TinyStack, tmp_path: Path):
+def test_fine_tuning_on_the_chosen_makes_them_likelier(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
     config = a_recipe(stack, tmp_path / "run", "sft")
+    finished.start_from(config, "prompts", "iteration-1/scored", "iteration-1/pairs")
     run_align(config, until="policy")
     folder = config.run_dir / "iteration-1"
     assert verify_folder(folder / "policy")["policy_version"] == 1
@@ -46,10 +42,13 @@ def test_fine_tuning_on_the_chosen_makes_them_likelier(stack: TinyStack, tmp_pat
     assert looks[-1]["heldout_chosen_drop"] < 0
 
 
-def test_kto_starts_where_an_unmoved_policy_is_and_learns(stack: TinyStack, tmp_path: Path):
+def test_kto_starts_where_an_unmoved_policy_is_and_learns(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
     values = a_recipe(stack, tmp_path / "run", "dpo").model_dump(mode="json")
     values["training"]["loss"] |= {"variant": "kto"}
     config = AlignConfig.model_validate(values)
+    finished.start_from(config, "prompts", "iteration-1/scored", "iteration-1/pairs")
     run_align(config, until="policy")
     folder = config.run_dir / "iteration-1"
     rows = read_metrics(folder / "policy-work" / "metrics.jsonl")
@@ -58,8 +57,11 @@ def test_kto_starts_where_an_unmoved_policy_is_and_learns(stack: TinyStack, tmp_
     assert min(looks) < looks[0]
 
 
-def test_chain_of_hindsight_makes_a_policy_that_knows_feedback(stack: TinyStack, tmp_path: Path):
+def test_chain_of_hindsight_makes_a_policy_that_knows_feedback(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
     config = a_recipe(stack, tmp_path / "run", "coh")
+    finished.start_from(config, "prompts", "iteration-1/scored", "iteration-1/pairs")
     run_align(config, until="policy")
     folder = config.run_dir / "iteration-1"
     assert verify_folder(folder / "policy")["knows_feedback"] is True

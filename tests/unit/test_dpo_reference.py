@@ -76,3 +76,22 @@ def test_a_mismatched_answer_is_of_the_next_pair_with_another_prompt():
 def test_one_prompt_alone_has_no_mismatched_answer():
     with pytest.raises(ConfigError, match="at least two prompts"):
         mismatched([a_pair("p0", 0), a_pair("p0", 1)])
+
+
+def test_the_entropy_of_pairs_is_a_mean_over_their_tokens_and_only_on_request():
+    torch.manual_seed(0)
+    model = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY).eval()
+    pairs = [a_pair("p0"), replace(a_pair("p1"), chosen_token_ids=(8, 1))]
+    assert pair_logprobs(model, pairs).entropy_B is None
+    entropy_B = pair_logprobs(model, pairs, with_entropy=True).entropy_B
+    assert entropy_B is not None
+    assert not entropy_B.requires_grad
+    expected: list[float] = []
+    for pair in pairs:
+        of_tokens: list[float] = []
+        for answer in (pair.chosen_token_ids, pair.rejected_token_ids):
+            said = torch.tensor([[*pair.prompt_token_ids, *answer]])
+            shares_SV = model(input_ids=said).logits[0, -len(answer) - 1 : -1].softmax(-1)
+            of_tokens += (-(shares_SV * shares_SV.log()).sum(-1)).tolist()
+        expected.append(sum(of_tokens) / len(of_tokens))
+    assert entropy_B.tolist() == pytest.approx(expected, abs=1e-5)
