@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -139,7 +139,8 @@ def growing_cluster(tmp_path: Path) -> Iterator[str]:
     )  # fmt: skip
     wait_for_port(PORT)
     yield f"127.0.0.1:{PORT}"
-    os.killpg(head.pid, signal.SIGTERM)
+    for process in [*psutil.Process(head.pid).children(recursive=True), head]:
+        process.kill()  # asked to end, it takes half a minute
     head.wait(60)
 
 
