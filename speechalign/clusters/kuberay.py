@@ -104,7 +104,7 @@ def check_kuberay(values: Values) -> list[Finding]:
     cluster, where = (mapping(spec.get(key)), f"spec.{key}") if key else (spec, "spec")
     if cluster:
         findings += _cluster(cluster, where)
-    findings += _embedded(spec, "runtimeEnvYAML", lambda one: check_runtime_env(one))
+    findings += _embedded(spec, "runtimeEnvYAML", check_runtime_env)
     findings += _embedded(spec, "serveConfigV2", check_serve)
     if spec.get("backoffLimit") and not spec.get("shutdownAfterJobFinishes"):
         findings.append(

@@ -106,7 +106,7 @@ def _limits(values: Values) -> Iterator[Finding]:
 def _head(values: Values) -> Iterator[Finding]:
     if mapping(values.get("provider")).get("type") == "local":
         return  # machines on premises are all of one type
-    name = values.get("head_node_type")
+    name = str(values.get("head_node_type"))
     head = mapping(mapping(values.get("available_node_types")).get(name))
     where = f"available_node_types.{name}"
     if head.get("max_workers", 0):

@@ -191,7 +191,7 @@ class Refuses(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"Unauthorized: Missing authentication token")
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
 
