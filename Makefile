@@ -26,4 +26,4 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/codespell speechalign jobs tests docs README.md
+	$(BIN)/codespell speechalign jobs clusters tests docs README.md
