@@ -12,7 +12,7 @@ from speechalign.config.align import AlignConfig
 from speechalign.errors import BudgetExceeded, ConfigError
 from speechalign.pipeline.align import run_align
 from speechalign.training.preference import read_pairs
-from tests.tiny_stack import TinyStack, tiny_recipe
+from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 from tests.user_rewards import is_one_of_ten
 
 pytestmark = [
@@ -30,9 +30,8 @@ def a_recipe(stack: TinyStack, run_dir: Path, reward: dict[str, Any], **judge: A
     return AlignConfig.model_validate(values)
 
 
-def test_a_reward_that_fails_for_a_tenth_of_the_samples_leaves_the_others(
-    stack: TinyStack, tmp_path: Path
-):
+def test_a_reward_that_fails_for_a_tenth_of_the_samples_leaves_the_others(tmp_path: Path):
+    stack = build_tiny_stack(tmp_path / "stack")  # the shared one has only ties
     judge = {"target": "tests.user_rewards:FailsForATenth", "reads": "sound"}
     config = a_recipe(stack, tmp_path / "run", {"failure_budget": 0.2}, **judge)
     run_align(config, until="pairs")
