@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from speechalign.types import Prompt, Sample
+from speechalign.types import PairKind, PreferencePair, Prompt, Sample
 
 
 def a_prompt(*, prompt_id: str = "p0", num_frames: int = 4, num_codebooks: int = 2) -> Prompt:
@@ -30,3 +30,24 @@ def a_sample(*, prompt_id: str = "p0", index: int = 0, num_tokens: int = 4) -> S
         temperature=1.0,
         is_truncated=False,
     )
+
+
+def some_pairs(
+    count: int, *, chosen: tuple[int, int] = (8, 24), rejected: tuple[int, int] = (8, 24)
+) -> list[PreferencePair]:
+    """Return pairs of random answers; each side draws its tokens from a range of its own."""
+    rng = np.random.default_rng(0)
+    return [
+        PreferencePair(
+            pair_id=f"p{index}",
+            kind=PairKind.RANKED,
+            prompt_id=f"p{index}",
+            policy_version=0,
+            codec_fingerprint="f",
+            prompt_token_ids=(2, 8, 9, 3, 25, 4),
+            chosen_token_ids=(*rng.integers(*chosen, rng.integers(2, 9)).tolist(), 1),
+            rejected_token_ids=(*rng.integers(*rejected, rng.integers(2, 9)).tolist(), 1),
+            margin=1.0,
+        )
+        for index in range(count)
+    ]

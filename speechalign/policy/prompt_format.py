@@ -9,7 +9,8 @@ BAD, as the answer was judged; asked to speak, it is told GOOD.
 Shapes: K codebooks, T frames, S flat token ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,24 @@ def prompt_token_ids(
     voice_S = vocabulary.layout.flatten(prefix_KT.astype(np.int64))
     text = vocabulary.encode_text(phonemes)
     return (SPEAKER_ID, *voice_S.tolist(), TEXT_ID, *text, SPEECH_ID)
+
+
+def asked_prompt(
+    vocabulary: Vocabulary,
+    facts: Mapping[str, Any],
+    phonemes: str,
+    speaker_codes_KT: NDArray[np.integer],
+) -> tuple[int, ...]:
+    """Return the ids with which a policy is asked to speak, as its manifest's facts want them.
+
+    Raises:
+        DataError: the recording is shorter than the prefix.
+        UnspeakableText: the text has a character without a symbol.
+    """
+    ids = prompt_token_ids(
+        vocabulary, phonemes, speaker_codes_KT, prefix_frames=facts["prefix_frames"]
+    )
+    return with_feedback(ids, is_good=True) if facts.get("knows_feedback") else ids
 
 
 def with_feedback(prompt_token_ids: Sequence[int], *, is_good: bool) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from speechalign.generation.base import Engine, Generation, GenerationRequest, S
 from speechalign.generation.build import build_generation_engine
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.nar import load_nar
-from speechalign.policy.prompt_format import prompt_token_ids, with_feedback
+from speechalign.policy.prompt_format import asked_prompt
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.rows import (
     RENDERED,
@@ -115,14 +115,7 @@ class Speaker:
         check_fingerprint(
             prompt.codec_fingerprint, self._facts["codec_fingerprint"], "the AR policy"
         )
-        ids = prompt_token_ids(
-            self._vocabulary,
-            prompt.phonemes,
-            prompt.speaker_codes_KT,
-            prefix_frames=self._facts["prefix_frames"],
-        )
-        if self._facts.get("knows_feedback"):
-            ids = with_feedback(ids, is_good=True)
+        ids = asked_prompt(self._vocabulary, self._facts, prompt.phonemes, prompt.speaker_codes_KT)
         return GenerationRequest(prompt_token_ids=ids, seeds=tuple(seeds))
 
 

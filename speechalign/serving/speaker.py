@@ -17,7 +17,7 @@ from speechalign.generation.base import SamplingParams
 from speechalign.generation.build import build_generation_engine
 from speechalign.generation.streams import AnswerStreams, Piece
 from speechalign.policy.ar import VOCABULARY
-from speechalign.policy.prompt_format import prompt_token_ids, with_feedback
+from speechalign.policy.prompt_format import asked_prompt
 from speechalign.policy.reward_model import LoadedRewardModel, load_reward_model
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.seeds import derive_seed
@@ -42,7 +42,6 @@ class Spoken:
     """Whole frames of the AR model's levels."""
     is_last: bool
     is_truncated: bool
-    policy_version: int
 
 
 class PolicySpeaker:
@@ -77,8 +76,8 @@ class PolicySpeaker:
         self._vocabulary = Vocabulary.load(served.path / VOCABULARY)
         # A word among the codes is no sound; short texts make a policy say one now and then.
         self._allowed_ids = (EOS_ID, *self._vocabulary.code_ids)
-        if served.reward_model is not None:
-            self._rewards = load_reward_model(served.reward_model)
+        chooser = served.reward_model
+        self._rewards = None if chooser is None else load_reward_model(chooser)
 
     def check_health(self) -> None:
         """Let Serve replace this replica when its engine is dead.
@@ -150,16 +149,9 @@ class PolicySpeaker:
         check_fingerprint(
             ask.codec_fingerprint, self._facts["codec_fingerprint"], "the policy that was asked"
         )
-        ids = prompt_token_ids(
-            self._vocabulary,
-            ask.phonemes,
-            ask.voice_codes_KT,
-            prefix_frames=self._facts["prefix_frames"],
-        )
-        return with_feedback(ids, is_good=True) if self._facts.get("knows_feedback") else ids
+        return asked_prompt(self._vocabulary, self._facts, ask.phonemes, ask.voice_codes_KT)
 
     def _spoken(self, token_ids: Sequence[int], piece: Piece) -> Spoken:
-        assert self._streams is not None  # noqa: S101 - it made the piece
         ids = list(token_ids)
         if ids and ids[-1] == EOS_ID:
             ids.pop()
@@ -172,7 +164,6 @@ class PolicySpeaker:
             codes_kT=codes_kT.astype(np.int16),
             is_last=piece.is_last,
             is_truncated=piece.is_truncated,
-            policy_version=self._streams.policy_version,
         )
 
 

@@ -16,7 +16,8 @@ from speechalign.rows import pairs_to_table
 from speechalign.training.metrics import read_metrics
 from speechalign.training.preference import PAIRS, TrainingPaths, split_pairs, train_on_pairs
 from speechalign.training.reference import sampler_difference
-from speechalign.types import PairKind, PreferencePair, Sample
+from speechalign.types import PreferencePair, Sample
+from tests.builders import some_pairs
 from tests.tiny_stack import TinyStack
 
 pytestmark = [
@@ -24,24 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("cluster"),
 ]
-
-
-def some_pairs(count: int) -> list[PreferencePair]:
-    rng = np.random.default_rng(0)
-    return [
-        PreferencePair(
-            pair_id=f"p{index}",
-            kind=PairKind.RANKED,
-            prompt_id=f"p{index}",
-            policy_version=0,
-            codec_fingerprint="f",
-            prompt_token_ids=(2, 8, 9, 3, 25, 4),
-            chosen_token_ids=(*rng.integers(8, 16, rng.integers(2, 9)).tolist(), 1),
-            rejected_token_ids=(*rng.integers(16, 24, rng.integers(2, 9)).tolist(), 1),
-            margin=1.0,
-        )
-        for index in range(count)
-    ]
 
 
 def write_pairs(folder: Path, pairs: list[PreferencePair]) -> Path:
@@ -78,7 +61,7 @@ def trained(
 
 
 def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
-    pairs = some_pairs(20)
+    pairs = some_pairs(20, chosen=(8, 16), rejected=(16, 24))
     one, two = (
         trained(stack, tmp_path, a_config(num, stage), pairs) for num, stage in ((1, 0), (2, 2))
     )
@@ -101,7 +84,9 @@ def test_two_workers_train_what_one_trains(stack: TinyStack, tmp_path: Path):
 
 def test_a_policy_that_only_gets_worse_leaves_the_start(stack: TinyStack, tmp_path: Path):
     config = a_config(1, 0)
-    train, heldout = split_pairs(some_pairs(20), config.heldout_share, config.seed)
+    train, heldout = split_pairs(
+        some_pairs(20, chosen=(8, 16), rejected=(16, 24)), config.heldout_share, config.seed
+    )
     turned = [
         replace(
             pair,
@@ -121,7 +106,11 @@ def test_a_policy_that_only_gets_worse_leaves_the_start(stack: TinyStack, tmp_pa
 def test_a_policy_far_from_an_older_reference_can_still_be_trained(
     stack: TinyStack, tmp_path: Path
 ):
-    pairs, config, start = some_pairs(20), a_config(1, 0), load_ar(stack.ar)
+    pairs, config, start = (
+        some_pairs(20, chosen=(8, 16), rejected=(16, 24)),
+        a_config(1, 0),
+        load_ar(stack.ar),
+    )
     with torch.no_grad():  # low codes, of which the chosen answers are, become unlikely
         start.model.get_parameter("model.embed_tokens.weight")[8:16] *= 0.2
     far = tmp_path / "far"
@@ -144,7 +133,7 @@ def test_too_few_pairs_are_refused_before_a_worker_starts(stack: TinyStack, tmp_
     paths = TrainingPaths(
         policy=stack.ar,
         reference=stack.ar,
-        pairs=write_pairs(tmp_path / "pairs", some_pairs(3)),
+        pairs=write_pairs(tmp_path / "pairs", some_pairs(3, chosen=(8, 16), rejected=(16, 24))),
         output=tmp_path / "policy",
     )
     with pytest.raises(ConfigError, match="do not fill one step"):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,7 +18,7 @@ from speechalign.rows import pairs_to_table
 from speechalign.training.metrics import MetricsWriter, read_metrics
 from speechalign.training.preference import PAIRS, TrainingPaths, preference_worker
 from speechalign.training.stopping import STOP_REQUEST
-from speechalign.types import PairKind, PreferencePair
+from tests.builders import some_pairs
 from tests.online_toy import a_process_group
 from tests.tiny_stack import TinyStack, build_tiny_stack
 
@@ -34,24 +33,6 @@ LIMIT = 0.05
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyStack]:
     with a_process_group():
         yield build_tiny_stack(tmp_path_factory.mktemp("stack"))
-
-
-def some_pairs(count: int) -> list[PreferencePair]:
-    rng = np.random.default_rng(0)
-    return [
-        PreferencePair(
-            pair_id=f"p{index}",
-            kind=PairKind.RANKED,
-            prompt_id=f"p{index}",
-            policy_version=0,
-            codec_fingerprint="f",
-            prompt_token_ids=(2, 8, 9, 3, 25, 4),
-            chosen_token_ids=(*rng.integers(8, 24, rng.integers(2, 9)).tolist(), 1),
-            rejected_token_ids=(*rng.integers(8, 24, rng.integers(2, 9)).tolist(), 1),
-            margin=1.0,
-        )
-        for index in range(count)
-    ]
 
 
 class Training:

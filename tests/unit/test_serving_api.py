@@ -11,11 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
+from starlette.requests import Request
 from starlette.testclient import TestClient
+from starlette.types import Message
 
+from speechalign.config.sampling import TransformersConfig
 from speechalign.errors import EngineDead
+from speechalign.generation.base import GenerationRequest, SamplingParams
+from speechalign.generation.hf import TransformersEngine
+from speechalign.policy.ar import load_ar
+from speechalign.policy.prompt_format import asked_prompt
+from speechalign.policy.reward_model import RewardModel, load_reward_model, save_reward_model
+from speechalign.policy.text import TextFrontend
+from speechalign.policy.vocabulary import EOS_ID
+from speechalign.seeds import derive_seed
 from speechalign.serving.api import build_api
+from speechalign.serving.bodies import body_of
 from speechalign.serving.keys import ApiKey, Gate
+from speechalign.serving.problems import Problem
 from speechalign.serving.renderer import VoiceRenderer
 from speechalign.serving.service import SpeechService
 from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken
@@ -109,6 +123,64 @@ def test_a_json_number_is_taken_however_it_is_written(client: TestClient, change
     assert client.post(SPEECH, json=LINE | change | {"response_format": "pcm"}).content == (
         plain.content
     )
+
+
+def test_of_n_answers_the_one_that_the_reward_model_likes_best_is_heard(tmp_path: Path):
+    policy = load_ar(Path("speechalign/assets/ar"))
+    torch.manual_seed(0)
+    save_reward_model(
+        tmp_path / "rm", RewardModel.on_policy(policy.model).eval(), policy.vocabulary,
+        {"codec_fingerprint": policy.facts["codec_fingerprint"]},
+    )  # fmt: skip
+    served = {"path": "speechalign/assets/ar", "reward_model": tmp_path / "rm"}
+    service = build_service(serving_config(tmp_path / "voices", policies={"base": served}))
+    voice = service.voices.find("alloy")
+    assert voice is not None
+    speaker = PolicySpeaker(service.config)
+    phonemes = TextFrontend().phonemize("Good morning.")
+
+    async def heard_and_candidates() -> tuple[Spoken, list[tuple[float, list[int]]]]:
+        await speaker.reconfigure(service.config.policies["base"].model_dump(mode="json"))
+        ask = Ask(phonemes=phonemes, voice_codes_KT=voice.codes_KT, seed=4, n_best=3,
+                  codec_fingerprint=voice.codec_fingerprint)  # fmt: skip
+        (spoken,) = [one async for one in speaker.speak(ask)]
+        model = load_reward_model(tmp_path / "rm")
+        prompt = asked_prompt(policy.vocabulary, policy.facts, phonemes, voice.codes_KT)
+        engine = TransformersEngine(Path("speechalign/assets/ar"), TransformersConfig())
+        allowed = (EOS_ID, *policy.vocabulary.code_ids)
+        params = SamplingParams(
+            temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=150, eos_id=EOS_ID,
+            allowed_ids=allowed,
+        )  # fmt: skip
+        seeds = tuple(derive_seed(4, "best", index) for index in range(3))
+        request = GenerationRequest(prompt_token_ids=prompt, seeds=seeds)
+        (group,) = engine.generate([request], params)
+        rewards = model.rewards([(prompt, one.token_ids) for one in group])
+        ranked = zip(rewards, [list(one.token_ids) for one in group], strict=True)
+        return spoken, sorted(ranked, reverse=True)
+
+    spoken, candidates = asyncio.run(heard_and_candidates())
+    levels_S = policy.vocabulary.layout.flatten(spoken.codes_kT.astype(np.int64))
+    assert [*levels_S.tolist(), EOS_ID] == candidates[0][1] != candidates[-1][1]
+    with client_of(service) as choosing:
+        asked = LINE | {"n_best": 2, "response_format": "wav"}
+        assert wave_of(choosing.post(SPEECH, json=asked).content)[0] > 0
+        too_many = choosing.post(SPEECH, json=LINE | {"n_best": 99})
+        assert refused(too_many) == (400, "n_best", "invalid_value")
+
+
+def test_a_client_that_stops_in_the_middle_of_its_body_is_told_so():
+    async def read() -> None:
+        async def silence() -> Message:
+            await asyncio.sleep(30)
+            raise AssertionError("nobody waits so long")
+
+        scope = {"type": "http", "method": "POST", "headers": []}
+        await body_of(Request(scope, silence), 100, 0.05)
+
+    with pytest.raises(Problem) as caught:
+        asyncio.run(read())
+    assert (caught.value.status, caught.value.body.code) == (408, "body_timeout")
 
 
 class Mortal:
@@ -363,14 +435,15 @@ def bomb() -> bytes:
     [
         (b"not audio at all", "no WAV, FLAC, OGG or MP3"),
         (b"", "no WAV, FLAC, OGG or MP3"),
-        (clip(0.1), "2.5 to 30 s long"),
-        (clip(31.0, rate=8_000), "2.5 to 30 s long"),
-        (clip(3.0, level=0.0), "silent"),
-        (clip(3.0, container="AIFF"), "not one of WAV, FLAC, OGG, MP3"),
-        (clip(3.0, rate=4_000), "8000 to 96000 Hz"),
-        (bomb(), "2.5 to 30 s long"),
+        (clip(0.1), "outside 2.5 to 30.0 s"),
+        (clip(31.0, rate=8_000), "outside 2.5 to 30.0 s"),
+        (clip(3.0, level=0.0), "silence"),
+        (clip(3.0, container="AIFF"), "no WAV, FLAC, OGG or MP3"),
+        (clip(3.0, rate=4_000), "outside 8000 to 96000 Hz"),
+        (bomb(), "outside 2.5 to 30.0 s"),
+        (clip(6.0)[: 3 * 44_100], "it was cut"),
     ],
-    ids=["text", "empty", "short", "long", "silent", "aiff", "low rate", "bomb"],
+    ids=["text", "empty", "short", "long", "silent", "aiff", "low rate", "bomb", "cut"],
 )
 def test_a_clip_that_cannot_be_used_is_refused_with_the_reason(
     client: TestClient, audio: bytes, says: str
