@@ -36,6 +36,9 @@ class Endpoint:
     swapped: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Policies that take the place of the config's, in the processes that serve already."""
 
+    is_draining: bool = False
+    """Lets no new stream in, and is deployed when the open ones have ended."""
+
     @property
     def address(self) -> str:
         """Where clients find it."""
@@ -56,6 +59,8 @@ class Endpoint:
             }
             for name, path in self.swapped.items()
         ]
+        if self.is_draining:
+            deployments.append({"name": "ingress", "user_config": {"is_draining": True}})
         application = {
             "name": APPLICATION,
             "route_prefix": "/",
@@ -222,6 +227,15 @@ def _deploy(endpoint: Endpoint) -> None:
         time.sleep(POLL_S)
 
 
+def _drain(endpoint: Endpoint) -> None:
+    """Let no stream in, and return when every replica of the ingress has finished its own.
+
+    Serve ends all deployments of an application at once, so a stream would find no speaker for
+    its next sentence.
+    """
+    _deploy(replace(endpoint, is_draining=True))
+
+
 def serve_until_told(endpoint: Endpoint) -> None:
     """Serve until SIGINT or SIGTERM; open streams are finished first."""
     ended = threading.Event()
@@ -236,3 +250,4 @@ def serve_until_told(endpoint: Endpoint) -> None:
         logger.info("speaking at %s (policies: %s); stop with Ctrl-C", address, names)
         ended.wait()
         logger.info("finishing open streams, at most %g s", endpoint.config.drain_s)
+        _drain(endpoint)

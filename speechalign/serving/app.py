@@ -56,7 +56,7 @@ def build(args: Mapping[str, Any]) -> Application:
     }
     renderer = _deployment(VoiceRenderer, RENDERER, config.renderer_replicas, config).bind(config)
     ingress = _deployment(Ingress, INGRESS, config.ingress_replicas, config)
-    return ingress.bind(config, speakers, renderer)
+    return ingress.options(user_config={"is_draining": False}).bind(config, speakers, renderer)
 
 
 def check_endpoint(config: ServingConfig) -> None:
@@ -150,6 +150,11 @@ class Ingress:
         policies = {name: _Speaker(handle) for name, handle in speakers.items()}
         self._service = SpeechService(config, policies, _Renderer(renderer), self._telemetry)
         self._gate = Gate(read_keys(config.access), config.limits)
+
+    async def reconfigure(self, user_config: dict[str, bool]) -> None:
+        """Let no new stream in and wait for the open ones, if that is asked for."""
+        if user_config["is_draining"]:
+            await self._service.drain()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application of this replica; Serve asks for it after the constructor."""

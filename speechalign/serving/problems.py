@@ -65,6 +65,14 @@ def too_many(message: str, code: str, retry_after_s: int) -> Problem:
     return Problem(429, body, {"Retry-After": str(retry_after_s)})
 
 
+def closing(retry_after_s: int) -> Problem:
+    """The endpoint finishes what it has begun, and ends."""
+    body = ErrorBody(
+        message="the endpoint is being stopped", type="server_error", param=None, code="closing"
+    )
+    return Problem(503, body, {"Retry-After": str(retry_after_s)})
+
+
 def failed(code: str, message: str = "the server failed to speak", status: int = 500) -> Problem:
     """Our own failure; the reason is in the log under the request's id, not here."""
     return Problem(status, ErrorBody(message=message, type="server_error", param=None, code=code))

@@ -20,7 +20,7 @@ from speechalign.policy.text import TextFrontend
 from speechalign.seeds import derive_seed
 from speechalign.serving.encoding import Tempo, build_encoder, is_sent_whole, media_type
 from speechalign.serving.keys import ApiKey
-from speechalign.serving.problems import Problem, failed, invalid, too_many, unknown_model
+from speechalign.serving.problems import Problem, closing, failed, invalid, too_many, unknown_model
 from speechalign.serving.schema import SpeechRequest
 from speechalign.serving.sentence import Renderer, Sentence, Speaker
 from speechalign.serving.speaker import Ask
@@ -87,7 +87,7 @@ class SpeechService:
         self.voices = Voices(config.voices)
         self._policies, self._renderer, self._telemetry = policies, renderer, telemetry
         self._frontend = TextFrontend()
-        self._num_streams = 0
+        self._num_streams, self._is_draining = 0, False
         self._sample_rate_hz = 0
 
     async def models(self) -> dict[str, int]:
@@ -173,9 +173,11 @@ class SpeechService:
         """Hold one of the streams that this replica serves at once.
 
         Raises:
-            Problem: 429 when all are taken.
+            Problem: 429 when all are taken, 503 when the endpoint is about to end.
         """
         limits = self.config.limits
+        if self._is_draining:
+            raise closing(limits.retry_after_s)
         if self._num_streams >= limits.max_streams:
             raise too_many(
                 f"{limits.max_streams} streams are open; come back in {limits.retry_after_s} s",
@@ -189,6 +191,13 @@ class SpeechService:
         finally:
             self._num_streams -= 1
             self._telemetry.streams.set(self._num_streams)
+
+    async def drain(self) -> None:
+        """Refuse new streams, and return when the open ones have ended or `drain_s` is over."""
+        self._is_draining = True
+        end = time.monotonic() + self.config.drain_s
+        while self._num_streams and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     async def audio(self, order: Order) -> AsyncGenerator[bytes]:
         """Yield the bytes of the answer, none of them empty.

@@ -125,15 +125,29 @@ def test_a_json_number_is_taken_however_it_is_written(client: TestClient, change
     )
 
 
-def test_of_n_answers_the_one_that_the_reward_model_likes_best_is_heard(tmp_path: Path):
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory: pytest.TempPathFactory) -> SpeechService:
+    """A service whose policy has a reward model, a random one."""
+    folder = tmp_path_factory.mktemp("choosing")
     policy = load_ar(Path("speechalign/assets/ar"))
     torch.manual_seed(0)
-    save_reward_model(
-        tmp_path / "rm", RewardModel.on_policy(policy.model).eval(), policy.vocabulary,
-        {"codec_fingerprint": policy.facts["codec_fingerprint"]},
-    )  # fmt: skip
-    served = {"path": "speechalign/assets/ar", "reward_model": tmp_path / "rm"}
-    service = build_service(serving_config(tmp_path / "voices", policies={"base": served}))
+    model = RewardModel.on_policy(policy.model).eval()
+    facts = {"codec_fingerprint": policy.facts["codec_fingerprint"]}
+    save_reward_model(folder / "rm", model, policy.vocabulary, facts)
+    served = {"path": "speechalign/assets/ar", "reward_model": folder / "rm"}
+    return build_service(serving_config(folder / "voices", policies={"base": served}))
+
+
+def test_n_answers_are_asked_for_over_http_and_no_more_than_allowed(choosing: SpeechService):
+    with client_of(choosing) as client:
+        asked = LINE | {"n_best": 2, "response_format": "wav"}
+        assert wave_of(client.post(SPEECH, json=asked).content)[0] > 0
+        too_many = client.post(SPEECH, json=LINE | {"n_best": 99})
+        assert refused(too_many) == (400, "n_best", "invalid_value")
+
+
+def test_of_n_answers_the_one_that_the_reward_model_likes_best_is_heard(choosing: SpeechService):
+    service, policy = choosing, load_ar(Path("speechalign/assets/ar"))
     voice = service.voices.find("alloy")
     assert voice is not None
     speaker = PolicySpeaker(service.config)
@@ -144,7 +158,9 @@ def test_of_n_answers_the_one_that_the_reward_model_likes_best_is_heard(tmp_path
         ask = Ask(phonemes=phonemes, voice_codes_KT=voice.codes_KT, seed=4, n_best=3,
                   codec_fingerprint=voice.codec_fingerprint)  # fmt: skip
         (spoken,) = [one async for one in speaker.speak(ask)]
-        model = load_reward_model(tmp_path / "rm")
+        folder = service.config.policies["base"].reward_model
+        assert folder is not None
+        model = load_reward_model(folder)
         prompt = asked_prompt(policy.vocabulary, policy.facts, phonemes, voice.codes_KT)
         engine = TransformersEngine(Path("speechalign/assets/ar"), TransformersConfig())
         allowed = (EOS_ID, *policy.vocabulary.code_ids)
@@ -162,11 +178,6 @@ def test_of_n_answers_the_one_that_the_reward_model_likes_best_is_heard(tmp_path
     spoken, candidates = asyncio.run(heard_and_candidates())
     levels_S = policy.vocabulary.layout.flatten(spoken.codes_kT.astype(np.int64))
     assert [*levels_S.tolist(), EOS_ID] == candidates[0][1] != candidates[-1][1]
-    with client_of(service) as choosing:
-        asked = LINE | {"n_best": 2, "response_format": "wav"}
-        assert wave_of(choosing.post(SPEECH, json=asked).content)[0] > 0
-        too_many = choosing.post(SPEECH, json=LINE | {"n_best": 99})
-        assert refused(too_many) == (400, "n_best", "invalid_value")
 
 
 def test_a_client_that_stops_in_the_middle_of_its_body_is_told_so():
@@ -351,6 +362,31 @@ def test_too_many_streams_are_told_to_come_back(tmp_path: Path):
         assert answer.headers["Retry-After"] == "7"
         crowded.portal.call(slot.__aexit__, None, None, None)
         assert crowded.post(SPEECH, json=LINE).status_code == 200
+
+
+def test_an_endpoint_that_ends_lets_nobody_in_and_waits_for_open_streams(tmp_path: Path):
+    service = build_service(serving_config(tmp_path, drain_s=30))
+
+    async def drained_while_one_speaks() -> list[str]:
+        order: list[str] = []
+
+        async def speak() -> None:
+            async with service.slot():
+                await asyncio.sleep(0.3)
+                order.append("spoken")
+
+        open_one = asyncio.create_task(speak())
+        await asyncio.sleep(0.05)
+        await service.drain()
+        order.append("drained")
+        await open_one
+        return order
+
+    assert asyncio.run(drained_while_one_speaks()) == ["spoken", "drained"]
+    with client_of(service) as late:
+        answer = late.post(SPEECH, json=LINE)
+    assert refused(answer) == (503, None, "closing")
+    assert answer.headers["Retry-After"] == "2"
 
 
 def test_models_and_voices_are_listed(client: TestClient):
