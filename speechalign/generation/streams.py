@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from speechalign.errors import ConfigError, EngineDead, SpeechalignError
 from speechalign.generation.base import SamplingParams
 
@@ -169,6 +171,9 @@ class AnswerStreams:
             raise EngineDead(str(self._death))
 
     def _run(self) -> None:
+        # Gives this thread's OpenMP the process's number of threads; else vLLM, which asks
+        # OpenMP before torch has told it, plans its attention for another number and aborts.
+        torch.get_num_threads()
         try:
             while self._take_orders():
                 self._step()
