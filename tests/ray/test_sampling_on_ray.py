@@ -7,7 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
+from ray._private.state import state
+from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 
 from speechalign.artifacts import verify_folder
 from speechalign.codec.embedded import EmbeddedCodec, save_embedded
@@ -28,6 +31,7 @@ from speechalign.rows import QUARANTINE, RENDERED, prompts_to_table
 from speechalign.sampling.pipeline import (
     Stage,
     check_resources,
+    possible_resources,
     render_stage,
     sample_and_judge,
     sample_stage,
@@ -152,3 +156,19 @@ def test_pools_that_can_never_start_are_a_config_error(codec_folder: Path, tmp_p
     check_resources(stages, {"CPU": 1.5})
     with pytest.raises(ConfigError, match=r"want 1.5 CPU \(sample 0.5, render 0.5, judge 0.5\)"):
         check_resources(stages, {"CPU": 1.0})
+
+
+def test_nodes_that_an_autoscaler_may_add_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = ClusterConfig(
+        node_group_configs=[
+            NodeGroupConfig(resources={"CPU": 4, "GPU": 1}, max_count=3),
+            NodeGroupConfig(resources={"CPU": 1}, max_count=2),
+        ]
+    )
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 20.0, "memory": 1.0})
+    monkeypatch.setattr(state, "get_cluster_config", lambda: types)
+    assert possible_resources() == {"CPU": 20.0, "GPU": 3.0, "memory": 1.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    assert possible_resources() == {"CPU": 14.0, "GPU": 3.0}
+    monkeypatch.setattr(state, "get_cluster_config", lambda: None)
+    assert possible_resources() == {"CPU": 2.0}
