@@ -10,7 +10,6 @@ import pytest
 import ray
 import torch
 from ray._private.state import state
-from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 
 from speechalign.artifacts import verify_folder
 from speechalign.codec.embedded import EmbeddedCodec, save_embedded
@@ -159,16 +158,11 @@ def test_pools_that_can_never_start_are_a_config_error(codec_folder: Path, tmp_p
 
 
 def test_nodes_that_an_autoscaler_may_add_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    types = ClusterConfig(
-        node_group_configs=[
-            NodeGroupConfig(resources={"CPU": 4, "GPU": 1}, max_count=3),
-            NodeGroupConfig(resources={"CPU": 1}, max_count=2),
-        ]
-    )
+    most: dict[str, int] | None = {"CPU": 14, "GPU": 3}
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: most)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 20.0, "memory": 1.0})
-    monkeypatch.setattr(state, "get_cluster_config", lambda: types)
     assert possible_resources() == {"CPU": 20.0, "GPU": 3.0, "memory": 1.0}
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     assert possible_resources() == {"CPU": 14.0, "GPU": 3.0}
-    monkeypatch.setattr(state, "get_cluster_config", lambda: None)
+    most = None
     assert possible_resources() == {"CPU": 2.0}
