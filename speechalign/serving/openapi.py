@@ -24,9 +24,32 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _AUDIO_TYPES = [container.media_type for container in CONTAINERS.values()]
+_EVENT = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": {"enum": ["speech.audio.delta", "speech.audio.done", "speech.audio.error"]},
+        "audio": {"type": "string", "description": "of a delta: base64"},
+        "usage": {"type": "object", "description": "of the last event"},
+        "error": {"type": "object", "description": "what went wrong after the first sound"},
+    },
+}
+_EVENTS = {  # OpenAPI 3.1 has `schema` say what one event of the stream is
+    "schema": {
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": _EVENT,
+            }
+        },
+    }
+}
 _SPEECH_CONTENT = {
     **dict.fromkeys([*_AUDIO_TYPES, "audio/pcm"], _BINARY),
-    "text/event-stream": {"schema": {"type": "string"}},
+    "text/event-stream": _EVENTS,
 }
 
 
