@@ -12,6 +12,8 @@ from speechalign.judges.whisper import SAMPLE_RATE_HZ, at_16_khz
 from speechalign.types import Clip, Unmeasured
 
 SHORTEST_CLIP_S = 0.4
+DNSMOS_WINDOW = 144_160
+"""Samples that DNSMOS hears at once: 9.01 s at 16 kHz."""
 
 
 class DistillMos:
@@ -48,7 +50,11 @@ class DistillMos:
 
 
 class DnsMos:
-    """DNSMOS P.835 overall (Reddy et al. 2022): made for noise, a second opinion here."""
+    """DNSMOS P.835 overall (Reddy et al. 2022): made for noise, a second opinion here.
+
+    It hears windows of 9.01 s, a second apart; what is shorter is repeated until one is full.
+    The package doubles the clip instead: 2 s become 16 and eight windows of the same sound.
+    """
 
     name = "dnsmos"
     measures = ("dnsmos",)
@@ -66,7 +72,10 @@ class DnsMos:
     def _judge(self, clip: Clip) -> Judgement:
         if not _is_long_enough(clip):
             return Unmeasured(f"dnsmos: shorter than {SHORTEST_CLIP_S} s, or silent")
-        return {"dnsmos": float(self._run(at_16_khz(clip).clip(-1, 1), SAMPLE_RATE_HZ)["ovrl_mos"])}
+        wave_N = at_16_khz(clip).clip(-1, 1)
+        if len(wave_N) < DNSMOS_WINDOW:
+            wave_N = np.resize(wave_N, DNSMOS_WINDOW)
+        return {"dnsmos": float(self._run(wave_N, SAMPLE_RATE_HZ)["ovrl_mos"])}
 
 
 def _is_long_enough(clip: Clip) -> bool:

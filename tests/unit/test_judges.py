@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from speechalign.config.judges import RecogniserConfig, SignalConfig, judge_measures, judge_name
+from speechalign.config.judges import (
+    DnsMosConfig,
+    RecogniserConfig,
+    SignalConfig,
+    judge_measures,
+    judge_name,
+)
 from speechalign.judges.build import build_judge
 from speechalign.judges.signal import silence_ratio
 from speechalign.judges.words import normalise, word_errors
@@ -67,3 +73,26 @@ def test_the_names_of_a_judge_are_known_without_its_model():
     listens_only = config.model_copy(update={"transcribe": False})
     assert judge_measures(listens_only) == ("eval_text_logprob",)
     assert judge_measures(SignalConfig()) == build_judge(SignalConfig()).measures
+
+
+def test_dnsmos_hears_a_short_clip_in_one_window(monkeypatch: pytest.MonkeyPatch):
+    from speechmos import dnsmos
+
+    judge = build_judge(DnsMosConfig())
+    noise = np.random.default_rng(0).standard_normal(16000 * 3).astype(np.float32) / 20
+    # 2.3 s doubled twice are 9.2 s: there the package itself hears one window.
+    clip = a_clip(noise[:36_800])
+    (judgement,) = judge.judge([clip])
+    assert not isinstance(judgement, Unmeasured)
+    own = dnsmos.run(clip.waveform_N, 16000)["ovrl_mos"]
+    assert judgement["dnsmos"] == pytest.approx(own, abs=1e-6)
+
+    heard: list[int] = []
+
+    def count(wave_N: np.ndarray, sample_rate_hz: int) -> dict[str, float]:
+        heard.append(len(wave_N))
+        return {"ovrl_mos": 3.0}
+
+    monkeypatch.setattr(judge, "_run", count)
+    judge.judge([a_clip(noise[:32_000])])  # the package would hear eight
+    assert heard == [144_160]
