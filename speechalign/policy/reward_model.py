@@ -1,7 +1,9 @@
 """A reward model over codec tokens: the AR policy's backbone and a scalar head.
 
-Bradley-Terry on pairs (Christiano et al. 2017; Ouyang et al. 2022, eq. 1); the reward is read at
-the answer's last token. SpeechAlign trains one on golden against synthetic tokens (section 3.2).
+Bradley-Terry on pairs (Christiano et al. 2017; Ouyang et al. 2022, eq. 1). SpeechAlign trains one
+on golden against synthetic tokens (section 3.2). The reward is the mean of what the head says at
+every token of the answer: what tells golden from synthetic is spread over all of it. Read at the
+last token alone, as Ouyang et al. do, the same pairs teach it less (docs/experiments.md).
 
     FOLDER/config.json  model.safetensors  vocabulary.json  manifest.json
 
@@ -45,13 +47,12 @@ class RewardModel(nn.Module):
         return cls(cast("PreTrainedModel", policy.base_model))
 
     def forward(self, batch: AnswerBatch) -> Tensor:
-        """Return reward_B of the answers, read at each one's last token."""
+        """Return reward_B of the answers: the mean over each one's tokens."""
         hidden_BSD = self.backbone(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         ).last_hidden_state
-        last_B = batch.attention_mask_BS.sum(1) - 1
-        rows_B = torch.arange(len(last_B), device=last_B.device)
-        return self.head(hidden_BSD[rows_B, last_B]).squeeze(-1).float()
+        said_BS = self.head(hidden_BSD).squeeze(-1).float() * batch.answer_mask_BS
+        return said_BS.sum(1) / batch.answer_mask_BS.sum(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

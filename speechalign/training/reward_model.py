@@ -72,24 +72,19 @@ class RewardTask:
 
     def heldout(self, model: nn.Module) -> dict[str, float]:
         """Return loss, accuracy and mean margin of the held-out pairs."""
-        margins = torch.tensor(self._heldout_margins(model))
-        return {
-            "heldout_loss": float(-F.logsigmoid(margins).mean()),
-            "heldout_accuracy": float((margins > 0).float().mean()),
-            "heldout_margin": float(margins.mean()),
-        }
+        return _measured(self._heldout_margins(model))
 
     def save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         """Commit the reward model with its held-out margins."""
         reward_model = cast("RewardModel", model).eval()
         with torch.no_grad():
-            margins, measured = self._heldout_margins(model), self.heldout(model)
+            margins = self._heldout_margins(model)
         own = {
             "codec_fingerprint": self._fingerprint,
             "num_train_pairs": len(self._train),
             "num_heldout_pairs": len(self._heldout),
         }
-        save_reward_model(folder, reward_model, self._vocabulary, facts | own | measured)
+        save_reward_model(folder, reward_model, self._vocabulary, facts | own | _measured(margins))
         table = pa.table({"kind": [str(p.kind) for p in self._heldout], "margin": margins})
         pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
 
@@ -100,6 +95,15 @@ class RewardTask:
             for first in batches
             for margin in pair_margins(model, self._heldout[first : first + HELDOUT_BATCH]).tolist()
         ]
+
+
+def _measured(margins: Sequence[float]) -> dict[str, float]:
+    margins_B = torch.tensor(margins)
+    return {
+        "heldout_loss": float(-F.logsigmoid(margins_B).mean()),
+        "heldout_accuracy": float((margins_B > 0).float().mean()),
+        "heldout_margin": float(margins_B.mean()),
+    }
 
 
 def pair_margins(model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:

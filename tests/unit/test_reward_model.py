@@ -1,4 +1,4 @@
-"""A reward is read at the last token of an answer, and nothing else of the padding counts."""
+"""A reward is the mean over the tokens of an answer; the prompt and the padding do not count."""
 
 from pathlib import Path
 
@@ -48,6 +48,14 @@ def test_every_token_of_the_answer_counts_the_last_too():
     model = a_model()
     base, first, last = reward(model, ANSWER, (11, 9, 1), (8, 9, 12))
     assert len({round(base, 5), round(first, 5), round(last, 5)}) == 3
+
+
+def test_a_reward_is_the_mean_of_what_the_head_says_at_each_token_of_the_answer():
+    model = a_model()
+    ids = torch.tensor([[*PROMPT, *ANSWER]])
+    with torch.no_grad():
+        said = model.head(model.backbone(input_ids=ids).last_hidden_state)[0, len(PROMPT) :, 0]
+    assert reward(model, ANSWER)[0] == pytest.approx(float(said.mean()), abs=1e-6)
 
 
 def test_a_margin_is_chosen_less_rejected():
