@@ -122,6 +122,18 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun
 
 
 @app.command()
+def votes(
+    file: Annotated[Path, typer.Argument(help="JSON lines or CSV: prompt_id, chosen, rejected.")],
+    scored: Annotated[Path, typer.Argument(help="The samples, RUN/iteration-1/scored.")],
+    output: Annotated[Path, typer.Argument(help="A new folder, for `reward-model`.")],
+) -> None:
+    """Turn people's votes on a run's samples into pairs for a reward model."""
+    from speechalign.pipeline.votes import write_votes
+
+    out.print(write_votes(file, scored, output), soft_wrap=True)
+
+
+@app.command()
 def sample(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
     """Let the policy speak: prompts to samples in token ids."""
     _run_until("samples", recipe, overrides, dry_run=dry_run)

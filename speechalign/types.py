@@ -121,6 +121,8 @@ class PairKind(StrEnum):
     """The recording against a sample: the paper's pairs."""
     RANKED = "ranked"
     """The best sample of a group against the worst."""
+    VOTED = "voted"
+    """The sample that people preferred to another one of its group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +138,8 @@ class PreferencePair:
     chosen_token_ids: tuple[int, ...]
     rejected_token_ids: tuple[int, ...]
     margin: float
-    """Reward of chosen minus rejected; 1.0 for golden pairs, which nobody scored."""
+    """Reward of chosen minus rejected; 1.0 for golden pairs, which nobody scored; of votes, the
+    share for the chosen less the share against it."""
 
     def __post_init__(self) -> None:
         if not self.chosen_token_ids or not self.rejected_token_ids:

@@ -11,7 +11,9 @@ from speechalign.types import PairKind
 class PairingConfig(Config):
     """Which pairs are made of a group of samples."""
 
-    kinds: tuple[PairKind, ...] = Field(default=(PairKind.RANKED,), min_length=1)
+    kinds: tuple[Literal[PairKind.GOLDEN, PairKind.RANKED], ...] = Field(
+        default=(PairKind.RANKED,), min_length=1
+    )
     """golden: the recording against a sample, the paper's pairs. ranked: best against worst."""
     min_margin: float = Field(default=0.1, gt=0)
     """Of the rewards of a ranked pair; below it the samples are tied."""
