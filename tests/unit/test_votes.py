@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from speechalign.artifacts import committed_folder
+from speechalign.cli import app
 from speechalign.config.preferences import PairingConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.votes import write_votes
@@ -78,8 +80,9 @@ def test_a_file_of_votes_becomes_pairs_that_a_training_reads(tmp_path: Path, nam
     if name.endswith("csv"):
         text = "\n".join(",".join(map(str, line)) for line in [keys, *lines])
     (tmp_path / name).write_text(text)
-    said = write_votes(tmp_path / name, a_scored_folder(tmp_path), tmp_path / "out")
-    assert said == f"3 votes: 1 pairs, 0 ties, 2 in quarantine: {tmp_path / 'out'}"
+    arguments = [tmp_path / name, a_scored_folder(tmp_path), tmp_path / "out"]
+    result = CliRunner().invoke(app, ["votes", *map(str, arguments)])
+    assert result.output == f"3 votes: 1 pairs, 0 ties, 2 in quarantine: {tmp_path / 'out'}\n"
     (pair,) = read_pairs(tmp_path / "out")
     assert (pair.chosen_token_ids, pair.rejected_token_ids) == ((10, 1), (8, 1))
     bad = pq.read_table(tmp_path / "out" / QUARANTINED).to_pylist()
