@@ -45,7 +45,8 @@ class DistillMosConfig(JudgeBase):
 
     kind: Literal["distillmos"] = "distillmos"
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """bf16 takes half the time on CPUs that compute in it, and moved no score by .02."""
+    """bf16 takes half the time on CPUs that compute in it, and moved no score by .02; on others it
+    is fp32."""
 
 
 class DnsMosConfig(JudgeBase):

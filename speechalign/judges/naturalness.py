@@ -1,5 +1,6 @@
 """How natural it sounds: two predictors of mean opinion scores, unlike each other."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from speechalign.config.judges import DistillMosConfig, DnsMosConfig
 from speechalign.judges.base import Judgement, is_audible
 from speechalign.judges.whisper import SAMPLE_RATE_HZ, at_16_khz
 from speechalign.types import Clip, Unmeasured
+
+logger = logging.getLogger(__name__)
 
 SHORTEST_CLIP_S = 0.4
 DNSMOS_WINDOW = 144_160
@@ -30,7 +33,7 @@ class DistillMos:
 
         torch.set_num_threads(config.num_threads)
         self._torch = torch
-        self._in_bf16 = config.dtype == "bf16"
+        self._in_bf16 = config.dtype == "bf16" and _computes_in_bf16(torch)
         self._model = distillmos.ConvTransformerSQAModel().eval()
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
@@ -76,6 +79,17 @@ class DnsMos:
         if len(wave_N) < DNSMOS_WINDOW:
             wave_N = np.resize(wave_N, DNSMOS_WINDOW)
         return {"dnsmos": float(self._run(wave_N, SAMPLE_RATE_HZ)["ovrl_mos"])}
+
+
+def _computes_in_bf16(torch: Any) -> bool:
+    """Whether the CPU multiplies in bfloat16; torch does it without, nine times slower than fp32.
+
+    Measured on an AVX2 machine: 4.2 s a clip of 2.3 s, .46 s in fp32.
+    """
+    is_supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not is_supported:
+        logger.warning("distillmos: this CPU does not compute in bf16, so it listens in fp32")
+    return is_supported
 
 
 def _is_long_enough(clip: Clip) -> bool:
