@@ -179,13 +179,24 @@ def report(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = Fal
 
 
 @app.command()
-def compare(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
+def compare(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A step to run; may be repeated. None: all.")
+    ] = None,
+    earlier: Annotated[
+        Path | None, typer.Option(help="A compare.json whose rows stand for the other steps.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Run several variants of a recipe and write one table of all; finished ones are kept."""
     from speechalign.config.compare import CompareConfig
     from speechalign.pipeline.compare import run_compare
 
     config = _resolved(CompareConfig, recipe, overrides, dry_run=dry_run)
-    out.print(run_compare(config), soft_wrap=True)
+    out.print(run_compare(config, only=only or (), earlier=earlier), soft_wrap=True)
 
 
 @app.command()

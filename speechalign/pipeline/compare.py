@@ -24,13 +24,9 @@ from speechalign.config.align import AlignConfig
 from speechalign.config.compare import ArmConfig, CompareConfig, RewardModelStepConfig
 from speechalign.config.load import load_config
 from speechalign.config.training import RewardModelConfig
-from speechalign.errors import BudgetExceeded, DataError, Diverged
-from speechalign.evaluation.comparison import (
-    Compared,
-    System,
-    compare_systems,
-    comparison_rows,
-)
+from speechalign.errors import BudgetExceeded, ConfigError, DataError, Diverged
+from speechalign.evaluation.comparison import System, compare_systems, comparison_rows
+from speechalign.evaluation.comparison_parts import CEILING, START, with_earlier
 from speechalign.evaluation.plots import systems_compared
 from speechalign.evaluation.summary import METRICS, markdown_rows
 from speechalign.pipeline.align import run_align
@@ -86,15 +82,44 @@ class Arm:
         return ", ".join(parts)
 
 
-def run_compare(config: CompareConfig) -> str:
+def run_compare(
+    config: CompareConfig, *, only: Sequence[str] = (), earlier: Path | None = None
+) -> str:
     """Run the steps that are not finished, and write the table; return it.
 
     An arm that diverges or loses its judges has no row; the others go on.
 
+    Args:
+        config: the file.
+        only: the names of the steps to run; none: all.
+        earlier: a `compare.json` of the same file; its rows stand for the arms that did not run.
+
     Raises:
-        ConfigError: a step could never have worked; raised before the first.
-        DataError: no arm was evaluated.
+        ConfigError: a step could never have worked, or is not known; raised before the first.
+        DataError: no arm was evaluated, or the earlier table is of another start.
     """
+    order = [step.name for step in config.steps]
+    if earlier is not None and not earlier.is_file():
+        raise ConfigError(f"there is no earlier table {earlier}")
+    config = _with_only(config, only)
+    done, failures = _run_steps(config)
+    result = comparison_of(config, done, failures)
+    if earlier is not None:
+        result = with_earlier(result, json.loads(earlier.read_text()), order)
+    return _write(result, config.run_dir)
+
+
+def _with_only(config: CompareConfig, names: Sequence[str]) -> CompareConfig:
+    known = [step.name for step in config.steps]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"no step is named {', '.join(unknown)}; there are {', '.join(known)}")
+    steps = tuple(step for step in config.steps if not names or step.name in names)
+    return config.model_copy(update={"steps": steps})
+
+
+def _run_steps(config: CompareConfig) -> tuple[list[Arm], dict[str, str]]:
+    """Return the arms that were run, and why the others were not, by the name of their folder."""
     for step in config.steps:
         if isinstance(step, RewardModelStepConfig):
             reward_model_of(config, step)
@@ -117,7 +142,7 @@ def run_compare(config: CompareConfig) -> str:
                     failures[arm.config.run_dir.name] = str(error)
                 else:
                     done.append(arm)
-    return write_comparison(config, done, failures)
+    return done, failures
 
 
 def arms_of(config: CompareConfig, step: ArmConfig) -> list[Arm]:
@@ -161,10 +186,10 @@ def _copy_timing(stage: str, source: Path, target: Path) -> None:
     write_json_atomically(target / TIMINGS, read_timings(target) | taken)
 
 
-def write_comparison(
+def comparison_of(
     config: CompareConfig, arms: Sequence[Arm], failures: Mapping[str, str]
-) -> str:
-    """Write `compare.json`, `compare.md` and `compare.svg` from what is on disk.
+) -> dict[str, Any]:
+    """Return the facts, the rows and the table of what is on disk.
 
     Raises:
         DataError: no arm was evaluated.
@@ -178,18 +203,21 @@ def write_comparison(
     ceiling = evaluated[0].config.run_dir / "ceiling"
     if is_committed(ceiling):
         judged = pq.read_table(ceiling / SCORED)
-        system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": "ceiling"})
+        system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": CEILING})
         compared.append(compare_systems(system, [], config.num_resamples)[0])
     facts = machine_facts() | {"command": shlex.join(["speechalign", *sys.argv[1:]])}
     facts |= {f"failed: {name}": reason for name, reason in failures.items()}
     rows = [one.to_json() for one in compared]
-    result = {"facts": facts, "rows": rows, "table": comparison_rows(compared)}
-    write_json_atomically(config.run_dir / "compare.json", result)
-    table = markdown_rows(comparison_rows(compared))
-    lines = [f"* {name}: {value}" for name, value in facts.items()]
-    text = "\n".join([table, "", *lines]) + "\n"
-    (config.run_dir / "compare.md").write_text(text)
-    (config.run_dir / "compare.svg").write_text(_plot(compared))
+    return {"facts": facts, "rows": rows, "table": comparison_rows(compared)}
+
+
+def _write(result: Mapping[str, Any], run_dir: Path) -> str:
+    """Write `compare.json`, `compare.md` and `compare.svg`; return the text."""
+    write_json_atomically(run_dir / "compare.json", dict(result))
+    lines = [f"* {name}: {value}" for name, value in result["facts"].items()]
+    text = "\n".join([markdown_rows(result["table"]), "", *lines]) + "\n"
+    (run_dir / "compare.md").write_text(text)
+    (run_dir / "compare.svg").write_text(_plot(result["rows"]))
     return text
 
 
@@ -197,7 +225,7 @@ def _systems(config: CompareConfig, arms: Sequence[Arm]) -> Iterator[System]:
     """Yield the start, then every iteration of every arm."""
     start = arms[0].config.run_dir / "iteration-0" / "evaluation"
     rewarded = _Rewarded(config)
-    yield System(label="SFT", judged=rewarded(start), facts={"arm": "start"})
+    yield System(label="SFT", judged=rewarded(start), facts={"arm": START})
     for arm in arms:
         seconds = 0.0
         timings = read_timings(arm.config.run_dir)
@@ -284,14 +312,14 @@ def _without(config: AlignConfig, ignored: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _plot(compared: Sequence[Compared]) -> str:
+def _plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the WER of all systems, or the first metric that the start has."""
-    start = compared[0].summary.estimates
-    metric = next(metric for metric in METRICS if metric.key in start)
-    found = [(one.summary.name, one.summary.estimates.get(metric.key)) for one in compared]
-    known = [(name, estimate) for name, estimate in found if estimate is not None]
-    values = [(e.value, e.low, e.high) for _, e in known]
+    summaries = [row["summary"] for row in rows]
+    metric = next(metric for metric in METRICS if metric.key in summaries[0]["estimates"])
+    known = [summary for summary in summaries if metric.key in summary["estimates"]]
+    estimates = [summary["estimates"][metric.key] for summary in known]
     scaled = [
-        (metric.scale * v, metric.scale * low, metric.scale * high) for v, low, high in values
+        (metric.scale * one["value"], metric.scale * one["low"], metric.scale * one["high"])
+        for one in estimates
     ]
-    return systems_compared([name for name, _ in known], scaled, metric.label)
+    return systems_compared([summary["name"] for summary in known], scaled, metric.label)

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from speechalign.config.judges import (
+    DistillMosConfig,
     DnsMosConfig,
     RecogniserConfig,
     SignalConfig,
@@ -73,6 +76,29 @@ def test_the_names_of_a_judge_are_known_without_its_model():
     listens_only = config.model_copy(update={"transcribe": False})
     assert judge_measures(listens_only) == ("eval_text_logprob",)
     assert judge_measures(SignalConfig()) == build_judge(SignalConfig()).measures
+
+
+@pytest.mark.parametrize("is_supported", [True, False])
+def test_distillmos_computes_in_bf16_only_where_the_cpu_does(
+    is_supported: bool, monkeypatch: pytest.MonkeyPatch
+):
+    import torch
+
+    from speechalign.judges.naturalness import DistillMos
+
+    mkldnn = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: is_supported)
+    monkeypatch.setattr(torch.ops, "mkldnn", mkldnn)
+    judge = build_judge(DistillMosConfig(dtype="bf16"))
+    assert isinstance(judge, DistillMos)
+    seen: list[object] = []
+
+    def hear(wave_1N: torch.Tensor) -> float:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return float(wave_1N.mean())
+
+    monkeypatch.setattr(judge, "_model", hear)
+    judge.judge([a_clip(np.ones(16000))])
+    assert seen == [is_supported]
 
 
 def test_dnsmos_hears_a_short_clip_in_one_window(monkeypatch: pytest.MonkeyPatch):
