@@ -68,11 +68,12 @@ def _read(file: Path) -> tuple[list[ListenerVote], list[tuple[str, str]]]:
     """Return the votes, and (line, reason) of what is none."""
     if not file.is_file():
         raise ConfigError(f"there is no file of votes {file}")
+    read_lines: Any = pd.read_json  # its stubs do not know that dtype may be False
     try:
         table: Any = (
             pd.read_csv(file, dtype=str)
             if file.suffix == ".csv"
-            else pd.read_json(file, lines=True, dtype=False)
+            else read_lines(file, lines=True, dtype=False)
         )
     except ValueError as error:
         raise DataError(f"{file} is neither JSON lines nor, as .csv, CSV: {error}") from error
