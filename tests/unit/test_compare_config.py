@@ -41,6 +41,10 @@ def finish(arm: Arm, stage: str) -> None:
         ({"rendering.num_levels": 2}, {"prompts"}),
         ({"evaluation.temperature": 1.0}, {"prompts", "iteration-1/scored"}),
         ({"policy": "another"}, set()),
+        (
+            {"pools.sample.num_actors": 2},
+            {"prompts", "iteration-0/evaluation", "iteration-1/scored"},
+        ),
     ],
 )
 def test_arms_share_the_stages_that_do_not_depend_on_what_differs(
