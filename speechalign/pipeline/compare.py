@@ -47,16 +47,16 @@ SHARED_STAGES: Mapping[str, tuple[str, ...]] = {
         "evaluation.judges", "evaluation.temperature", "evaluation.best_of",
     ),
     "iteration-0/evaluation": (
-        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges", "pools",
-        "sampling.samples_per_prompt", "sampling.temperatures", "sampling.common_seeds",
+        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges",
+        "pools", "sampling.samples_per_prompt", "sampling.temperatures", "sampling.common_seeds",
     ),
     "ceiling": (
-        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges", "pools",
-        "sampling", "engine", "evaluation.best_of", "evaluation.temperature",
+        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges",
+        "pools", "sampling", "engine", "evaluation.best_of", "evaluation.temperature",
     ),
     "reference": (
-        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges", "pools",
-        "sampling", "engine", "evaluation.best_of", "evaluation.temperature",
+        "run_dir", "seed", "prompts", "training", "pairing", "pipeline", "reward", "judges",
+        "pools", "sampling", "engine", "evaluation.best_of", "evaluation.temperature",
     ),
     "iteration-1/scored": ("run_dir", "training", "pairing", "reward", "evaluation", "pools",
         "pipeline.earlier_pairs", "pipeline.reference", "pipeline.guards"),
