@@ -1,6 +1,7 @@
 """What a training says of itself: JSON lines always, TensorBoard beside them."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,13 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        """Record the values of one step."""
+        """Record the values of one step; what is not a number was not measured and is left out."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step} | dict(values)) + "\n")
+        known = {k: v for k, v in values.items() if isinstance(v, str) or not math.isnan(v)}
+        self._file.write(json.dumps({"step": step} | known) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        for name, value in known.items():
             if isinstance(value, float | int):
                 self._board.add_scalar(name, value, step)
 

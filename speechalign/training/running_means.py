@@ -13,7 +13,8 @@ class RunningMeans:
 
     def __init__(self, means: Sequence[str], largest: Sequence[str] = ()) -> None:
         self._sums = {name: torch.zeros(2, dtype=torch.float64) for name in means}
-        self._largest = {name: torch.zeros((), dtype=torch.float64) for name in largest}
+        nothing = torch.tensor(float("-inf"), dtype=torch.float64)
+        self._largest = dict.fromkeys(largest, nothing)
 
     def add(self, name: str, values: Tensor) -> None:
         """Count values in."""
@@ -27,7 +28,7 @@ class RunningMeans:
             self._largest[name] = torch.maximum(self._largest[name], largest)
 
     def over_ranks(self, device: torch.device) -> dict[str, float]:
-        """Return the means and maxima of all ranks; a mean of nothing is left out."""
+        """Return the means and maxima of all ranks; a mean or maximum of nothing is left out."""
         result: dict[str, float] = {}
         if self._sums:
             sums = global_sum(torch.stack(list(self._sums.values())).float().to(device)).tolist()
@@ -35,5 +36,6 @@ class RunningMeans:
             result |= {name: total / count for name, (total, count) in found if count}
         if self._largest:
             largest = global_max(torch.stack(list(self._largest.values())).float().to(device))
-            result |= dict(zip(self._largest, largest.tolist(), strict=True))
+            seen = zip(self._largest, largest.tolist(), strict=True)
+            result |= {name: value for name, value in seen if value > float("-inf")}
         return result

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speechalign.training.metrics import MetricsWriter, read_metrics
+from speechalign.training.running_means import RunningMeans
 
 
 def write(folder: Path, steps: range, loss: float, resumed_at: int | None = None) -> None:
@@ -33,6 +35,20 @@ def test_metrics_are_appended_unless_told_to_resume(tmp_path: Path):
     write(tmp_path, range(1, 3), 9.0)
     write(tmp_path, range(1, 2), 1.0)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 1]
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path):
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write(1, {"loss": 1.0, "grad_norm": float("nan"), "stopped": "no"})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0, "stopped": "no"}]
+
+
+def test_the_largest_of_nothing_is_not_zero():
+    means = RunningMeans(["loss"], ["seen", "unseen"])
+    means.add("loss", torch.tensor([1.0, 3.0]))
+    means.see("seen", torch.tensor([-2.0, -1.0]))
+    means.see("unseen", torch.tensor([]))
+    assert means.over_ranks(torch.device("cpu")) == {"loss": 2.0, "seen": -1.0}
 
 
 @pytest.mark.filterwarnings("ignore")

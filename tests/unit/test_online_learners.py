@@ -98,6 +98,7 @@ def test_the_importance_weight_of_a_stale_answer_is_trainer_over_sampler(folder:
     rewarded = [replace(r, reward=float(i)) for i, r in enumerate(halved)]
     values = toy.learner.learn(rewarded, 0)
     assert values["importance_weight"] == pytest.approx(0.60653, abs=1e-4)  # exp(-0.5)
+    assert "largest_sampler_difference" not in values  # nobody compared them
 
 
 def test_fresh_answers_are_compared_with_the_trainer(folder: Path):
