@@ -78,3 +78,9 @@ def test_two_arms_and_a_reward_model_make_one_table(stack: TinyStack, tmp_path: 
     run_compare(config)
     after = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("manifest.json")}
     assert after == before
+    earlier = tmp_path / "earlier.json"
+    (config.run_dir / "compare.json").replace(earlier)
+    run_compare(config, only=["best"], earlier=earlier)
+    merged = json.loads((config.run_dir / "compare.json").read_text())
+    assert [row["summary"]["name"] for row in merged["rows"]] == names
+    assert merged["table"] == json.loads(earlier.read_text())["table"]
