@@ -86,7 +86,7 @@ def _read(file: Path) -> tuple[list[ListenerVote], list[tuple[str, str]]]:
         row_id = f"{file.name}:{number}"
         try:
             chosen, rejected = _index(cells.chosen), _index(cells.rejected)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last: Infinity
             unreadable.append((row_id, f"{cells.chosen!r}, {cells.rejected!r} are no two indices"))
             continue
         vote = ListenerVote(

@@ -92,10 +92,11 @@ def test_a_file_of_votes_becomes_pairs_that_a_training_reads(tmp_path: Path, nam
     ]
 
 
-def test_half_an_index_is_none(tmp_path: Path):
+@pytest.mark.parametrize("index", ["1.5", "Infinity", "null", "[1]", '"x"'])
+def test_what_is_no_index_makes_no_vote(tmp_path: Path, index: str):
     file = tmp_path / "votes.jsonl"
-    file.write_text('{"prompt_id": "p0", "chosen": 1.5, "rejected": 0}\n')
-    with pytest.raises(DataError, match=r"first: 1.5, (np.float64\()?0.* are no two indices"):
+    file.write_text(f'{{"prompt_id": "p0", "chosen": {index}, "rejected": 0}}\n')
+    with pytest.raises(DataError, match="are no two indices"):
         write_votes(file, a_scored_folder(tmp_path), tmp_path / "out")
 
 
