@@ -68,15 +68,17 @@ class StreamingConfig(Config):
     renders the sentence from its start.
     """
 
-    first_window_frames: int = Field(default=56, gt=0)
-    window_growth: float = Field(default=1.4, ge=1)
+    first_window_frames: int = Field(default=32, gt=0)
+    window_growth: float = Field(default=1.25, ge=1)
     max_window_frames: int = Field(default=150, gt=0)
     """Of growth from one window to the next."""
-    piece_tokens: int = Field(default=8, gt=0)
+    piece_tokens: int = Field(default=4, gt=0)
     """Tokens that leave the engine's process at once."""
     settling_frames: int = Field(default=24, ge=0)
     """Frames that the NAR model sees beyond one before it decides about it."""
-    lookahead_frames: int = Field(default=14, ge=0)
+    first_settling_frames: int = Field(default=12, ge=0)
+    """The same in the first window; a frame more for every four that follow."""
+    lookahead_frames: int = Field(default=12, ge=0)
     """Settled frames beyond one before it is heard: the reach of the codec's decoder."""
     crossfade_ms: float = Field(default=10.0, ge=0)
     """At the joins of two windows."""
@@ -87,13 +89,19 @@ class StreamingConfig(Config):
 
     @model_validator(mode="after")
     def _first_window_is_heard(self) -> "StreamingConfig":
-        unheard = self.settling_frames + self.lookahead_frames
+        unheard = self.settling_of(self.first_window_frames) + self.lookahead_frames
         if self.first_window_frames <= unheard:
             raise ValueError(
-                f"first_window_frames {self.first_window_frames} must exceed settling_frames and "
-                f"lookahead_frames, {unheard} together, or the first window has no sound"
+                f"first_window_frames {self.first_window_frames} must exceed "
+                f"first_settling_frames and lookahead_frames, {unheard} together, or the first "
+                "window has no sound"
             )
         return self
+
+    def settling_of(self, num_frames: int) -> int:
+        """Return the settling frames of a window of so many known ones."""
+        more = max(num_frames - self.first_window_frames, 0) // 4
+        return min(self.first_settling_frames + more, self.settling_frames)
 
 
 class VoicesConfig(Config):

@@ -100,7 +100,9 @@ class RewardModelConfig(TrainingJob):
 
     kind: Literal["reward_model"] = "reward_model"
     policy: Path
-    """The AR policy whose backbone it starts from."""
+    """The AR policy that it listens with."""
+    train_policy: bool = False
+    """Whether that policy's weights learn too, and not the head alone."""
     pairs: tuple[Path, ...] = Field(min_length=1)
     """Folders with pairs, of `speechalign pair`."""
     heldout_share: float = Field(default=0.1, gt=0, lt=1)

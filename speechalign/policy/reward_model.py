@@ -1,58 +1,82 @@
-"""A reward model over codec tokens: the AR policy's backbone and a scalar head.
+"""A reward model over codec tokens: an AR policy, and a head that reads how it takes an answer.
 
 Bradley-Terry on pairs (Christiano et al. 2017; Ouyang et al. 2022, eq. 1). SpeechAlign trains one
-on golden against synthetic tokens (section 3.2). The reward is the mean of what the head says at
-every token of the answer: what tells golden from synthetic is spread over all of it. Read at the
-last token alone, as Ouyang et al. do, the same pairs teach it less (docs/experiments.md).
+on golden against synthetic tokens (section 3.2). The head sees, at every token of the answer, the
+policy's last hidden state, the token's log-prob, the entropy it was expected with, and their sum
+(how much it surprised); it pools them by mean and standard deviation (x-vectors: Snyder et al.
+2018), because what tells golden from synthetic is spread over the answer. A scalar head on the
+hidden states alone, as Ouyang et al. have it, learns a third less (docs/experiments.md).
 
     FOLDER/config.json  model.safetensors  vocabulary.json  manifest.json
 
-Left out: a bias of the head, which no difference of rewards can learn.
-
-Shapes: B rows, S token positions, D hidden size.
+Shapes: B rows, S token positions, V vocabulary, D hidden size, P what is kept of it, T width of
+the token layer.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from speechalign.artifacts import committed_folder, verify_folder
 from speechalign.errors import ConfigError
 from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import VOCABULARY
+from speechalign.policy.logprobs import answer_logprobs, token_entropies
 from speechalign.policy.vocabulary import Vocabulary
 
 WEIGHTS = "model.safetensors"
+NUM_KEPT, NUM_SURPRISE, TOKEN_WIDTH, HEAD_WIDTH = 16, 3, 32, 32
+VARIANCE_FLOOR = 1e-5
+"""Of an answer whose tokens are all alike; the root of zero has no gradient."""
 
 
 class RewardModel(nn.Module):
     """One number for each answer."""
 
-    def __init__(self, backbone: PreTrainedModel) -> None:
-        super().__init__()
-        self.backbone = backbone
-        width: int = backbone.config.hidden_size
-        self.head = nn.Linear(width, 1, bias=False)
-        nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)  # Stiennon et al. 2020
+    offset: Tensor
 
-    @classmethod
-    def on_policy(cls, policy: PreTrainedModel) -> "RewardModel":
-        """Return a reward model that starts from a policy, without its language head."""
-        return cls(cast("PreTrainedModel", policy.base_model))
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+        self.kept = nn.Linear(policy.config.hidden_size, NUM_KEPT)
+        self.token = nn.Sequential(nn.Linear(NUM_KEPT + NUM_SURPRISE, TOKEN_WIDTH), nn.GELU())
+        self.head = nn.Sequential(
+            nn.Linear(2 * TOKEN_WIDTH, HEAD_WIDTH), nn.GELU(), nn.Linear(HEAD_WIDTH, 1, bias=False)
+        )
+        self.register_buffer("offset", torch.zeros(()))
 
     def forward(self, batch: AnswerBatch) -> Tensor:
-        """Return reward_B of the answers: the mean over each one's tokens."""
-        hidden_BSD = self.backbone(
-            input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
-        ).last_hidden_state
-        said_BS = self.head(hidden_BSD).squeeze(-1).float() * batch.answer_mask_BS
-        return said_BS.sum(1) / batch.answer_mask_BS.sum(1)
+        """Return reward_B of the answers."""
+        token_BST = self.token(self._seen(batch))
+        return self.head(_mean_and_deviation(token_BST, batch.answer_mask_BS))[:, 0] - self.offset
+
+    def _seen(self, batch: AnswerBatch) -> Tensor:
+        """Return what the head sees of each token, (B, S, P + 3)."""
+        said = self.policy(
+            input_ids=batch.input_ids_BS,
+            attention_mask=batch.attention_mask_BS,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        logprobs_BS = answer_logprobs(said.logits, batch.input_ids_BS, batch.answer_mask_BS)
+        entropy_BS = token_entropies(said.logits, batch.answer_mask_BS)
+        surprise_BS3 = torch.stack([logprobs_BS, entropy_BS, logprobs_BS + entropy_BS], -1)
+        return torch.cat([self.kept(said.hidden_states[-1]).float(), surprise_BS3], -1)
+
+
+def _mean_and_deviation(token_BST: Tensor, answer_mask_BS: Tensor) -> Tensor:
+    """Return the statistics of the answers' tokens, (B, 2 T)."""
+    mask_BS1 = answer_mask_BS[..., None]
+    count_B1 = mask_BS1.sum(1)
+    mean_BT = (token_BST * mask_BS1).sum(1) / count_B1
+    variance_BT = ((token_BST - mean_BT[:, None]).square() * mask_BS1).sum(1) / count_B1
+    return torch.cat([mean_BT, (variance_BT + VARIANCE_FLOOR).sqrt()], -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +99,9 @@ def save_reward_model(
 ) -> None:
     """Commit a reward model: whole or not at all."""
     with committed_folder(folder, {"kind": "reward_model"} | dict(facts)) as partial:
-        model.backbone.config.save_pretrained(partial)
-        weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-        safetensors.torch.save_file(weights, partial / WEIGHTS)
+        model.policy.config.save_pretrained(partial)
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        safetensors.torch.save_file(weights, partial / WEIGHTS)  # cloned: the head may be tied
         vocabulary.save(partial / VOCABULARY)
 
 
@@ -94,7 +118,7 @@ def load_reward_model(folder: Path, *, device: str = "cpu") -> LoadedRewardModel
     if facts.get("kind") != "reward_model":
         raise ConfigError(f"{folder} holds a {facts.get('kind')!r} artifact, not a reward model")
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    model = RewardModel(AutoModel.from_config(config))
+    model = RewardModel(AutoModelForCausalLM.from_config(config))
     model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
     return LoadedRewardModel(
         model=model.to(device).eval(),

@@ -1,7 +1,7 @@
 """PPO's critic: the expected return just before every token.
 
-The backbone of a policy or of a reward model, and a scalar head, which starts at zero unless the
-reward model brings one (Ouyang et al. 2022, appendix C.4).
+The backbone of a policy, or of a reward model's policy (Ouyang et al. 2022, appendix C.4), and a
+scalar head, which starts at zero.
 
 Shapes: B rows, S token positions, D hidden size.
 """
@@ -21,24 +21,21 @@ from speechalign.policy.reward_model import load_reward_model
 class ValueModel(nn.Module):
     """One number for each position."""
 
-    def __init__(self, backbone: PreTrainedModel, head: nn.Linear | None = None) -> None:
+    def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
-        self.backbone = backbone
-        if head is None:
-            head = nn.Linear(backbone.config.hidden_size, 1, bias=False)
-            nn.init.zeros_(head.weight)
-        self.head = head
+        self.backbone = cast("PreTrainedModel", policy.base_model)
+        self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
 
     @classmethod
     def of_policy(cls, folder: Path) -> "ValueModel":
         """Return a critic that starts from a policy."""
-        return cls(cast("PreTrainedModel", load_ar(folder).model.base_model))
+        return cls(load_ar(folder).model)
 
     @classmethod
     def of_reward_model(cls, folder: Path) -> "ValueModel":
-        """Return a critic that starts from a reward model, its head included."""
-        loaded = load_reward_model(folder).model
-        return cls(loaded.backbone, loaded.head)
+        """Return a critic that starts from the policy inside a reward model."""
+        return cls(load_reward_model(folder).model.policy)
 
     def forward(self, batch: AnswerBatch) -> Tensor:
         """Return value_BS: at the place of each answer token, what was expected before it."""

@@ -2,7 +2,8 @@
 
 A sentence is rendered again from its start in each window, and only what is new is heard. Three
 things make the joins inaudible: the NAR model's codes of a frame are settled once and for all,
-when `settling_frames` beyond it are known; a frame is heard when `lookahead_frames` settled ones
+when enough frames beyond it are known (`settling_of`: fewer at first, so that the first sound is
+not waited for); a frame is heard when `lookahead_frames` settled ones
 are beyond it, as far as the codec's decoder looks; two windows are mixed where they meet.
 
 Everything a window needs is in its arguments, so any renderer can go on with any stream.
@@ -59,8 +60,7 @@ class WindowRenderer:
         self._codec = codec
         self._filler = filler
         self._num_levels = num_levels
-        self._lookahead = config.lookahead_frames
-        self._settling = config.settling_frames
+        self._config = config
         self._num_fade = round(config.crossfade_ms / 1000 * codec.sample_rate_hz)
         self._samples_per_frame = round(codec.sample_rate_hz / codec.frame_rate_hz)
 
@@ -69,9 +69,9 @@ class WindowRenderer:
 
         The sum of all windows is as long as the whole answer rendered at once.
         """
-        num_known, heard = window.codes_kT.shape[1], window.heard
-        num_settled = num_known if window.is_last else num_known - self._settling
-        end = num_known if window.is_last else num_settled - self._lookahead
+        config, num_known, heard = self._config, window.codes_kT.shape[1], window.heard
+        num_settled = num_known if window.is_last else num_known - config.settling_of(num_known)
+        end = num_known if window.is_last else num_settled - config.lookahead_frames
         if end <= heard.num_frames:
             return _no_sound(), heard
         codes_KT = self._levels(window)[:, :num_settled]

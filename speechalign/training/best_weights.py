@@ -65,6 +65,7 @@ class BestWeights:
 
 
 def _write(folder: Path, model: nn.Module, facts: Mapping[str, Any]) -> None:
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    # Cloned: tied weights share their memory, and ZeRO's are parts of one buffer.
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     with committed_folder(folder, facts) as partial:
         safetensors.torch.save_file(weights, partial / WEIGHTS)

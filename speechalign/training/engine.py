@@ -200,7 +200,7 @@ def _build_optimizer(model: nn.Module, config: EngineConfig) -> torch.optim.Opti
     if config.optimizer == "muon":
         return MuonWithAdamW(model, config)
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=config.weight_decay,

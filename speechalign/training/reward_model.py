@@ -2,9 +2,12 @@
 
 Bradley-Terry, Ouyang et al. 2022, eq. 1: -log sigmoid(r(chosen) - r(rejected)).
 
-Left out: margins in the loss (Llama 2) and centring of the rewards, which differences ignore.
+The rewards are shifted so that the chosen answers of held-out pairs have 0 in the mean (section
+3.5 there): differences ignore it, a critic does not.
 
-Shapes: B pairs.
+Left out: margins in the loss (Llama 2).
+
+Shapes: B pairs, N held-out pairs.
 """
 
 from collections.abc import Sequence
@@ -55,7 +58,8 @@ class RewardTask:
             )
         self._config = config
         self._vocabulary = loaded.vocabulary
-        self.model: nn.Module = RewardModel.on_policy(loaded.model)
+        loaded.model.requires_grad_(config.train_policy)
+        self.model: nn.Module = RewardModel(loaded.model)
         lengths = [len(p.chosen_token_ids) + len(p.rejected_token_ids) for p in self._train]
         self._plan = BatchPlan(lengths, config.rows_per_step, config.seed)
 
@@ -66,49 +70,51 @@ class RewardTask:
     def loss(self, model: nn.Module, rows: list[int], step: int) -> tuple[Tensor, Tensor]:
         """Return (summed loss, number of pairs)."""
         del step
-        margins_B = pair_margins(model, [self._train[row] for row in rows])
-        count = torch.tensor(float(len(rows)), device=margins_B.device)
-        return -F.logsigmoid(margins_B).sum(), count
+        chosen_B, rejected_B = pair_rewards(model, [self._train[row] for row in rows])
+        count = torch.tensor(float(len(rows)), device=chosen_B.device)
+        return -F.logsigmoid(chosen_B - rejected_B).sum(), count
 
     def heldout(self, model: nn.Module) -> dict[str, float]:
         """Return loss, accuracy and mean margin of the held-out pairs."""
-        return _measured(self._heldout_margins(model))
+        chosen_N, rejected_N = self._heldout_rewards(model)
+        return _measured(chosen_N - rejected_N)
 
     def save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         """Commit the reward model with its held-out margins."""
         reward_model = cast("RewardModel", model).eval()
         with torch.no_grad():
-            margins = self._heldout_margins(model)
+            chosen_N, rejected_N = self._heldout_rewards(model)
+            reward_model.offset += chosen_N.mean()
+        margins_N = chosen_N - rejected_N
         own = {
             "codec_fingerprint": self._fingerprint,
             "num_train_pairs": len(self._train),
             "num_heldout_pairs": len(self._heldout),
         }
-        save_reward_model(folder, reward_model, self._vocabulary, facts | own | _measured(margins))
-        table = pa.table({"kind": [str(p.kind) for p in self._heldout], "margin": margins})
+        save_reward_model(folder, reward_model, self._vocabulary, facts | own | _measured(margins_N))
+        kinds = [str(pair.kind) for pair in self._heldout]
+        table = pa.table({"kind": kinds, "margin": margins_N.tolist()})
         pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
 
-    def _heldout_margins(self, model: nn.Module) -> list[float]:
+    def _heldout_rewards(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         batches = range(0, len(self._heldout), HELDOUT_BATCH)
-        return [
-            margin
-            for first in batches
-            for margin in pair_margins(model, self._heldout[first : first + HELDOUT_BATCH]).tolist()
+        parts = [
+            pair_rewards(model, self._heldout[first : first + HELDOUT_BATCH]) for first in batches
         ]
+        return torch.cat([chosen for chosen, _ in parts]), torch.cat([other for _, other in parts])
 
 
-def _measured(margins: Sequence[float]) -> dict[str, float]:
-    margins_B = torch.tensor(margins)
+def _measured(margins_N: Tensor) -> dict[str, float]:
     return {
-        "heldout_loss": float(-F.logsigmoid(margins_B).mean()),
-        "heldout_accuracy": float((margins_B > 0).float().mean()),
-        "heldout_margin": float(margins_B.mean()),
+        "heldout_loss": float(-F.logsigmoid(margins_N).mean()),
+        "heldout_accuracy": float((margins_N > 0).float().mean()),
+        "heldout_margin": float(margins_N.mean()),
     }
 
 
-def pair_margins(model: nn.Module, pairs: Sequence[PreferencePair]) -> Tensor:
-    """Return margin_B: how much more the chosen answers are worth than the rejected."""
+def pair_rewards(model: nn.Module, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+    """Return the rewards of the chosen answers and of the rejected ones, each (B,)."""
     rows = [(p.prompt_token_ids, p.chosen_token_ids) for p in pairs]
     rows += [(p.prompt_token_ids, p.rejected_token_ids) for p in pairs]
     rewards = model(collate_answers(rows).to(next(model.parameters()).device))
-    return rewards[: len(pairs)] - rewards[len(pairs) :]
+    return rewards[: len(pairs)], rewards[len(pairs) :]

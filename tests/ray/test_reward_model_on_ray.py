@@ -15,6 +15,7 @@ from speechalign.config.training import EngineConfig, RewardModelConfig, Workers
 from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.reward_model import train_reward_model
+from speechalign.policy.ar import load_ar
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import pairs_to_table
 from speechalign.training.metrics import read_metrics
@@ -57,6 +58,7 @@ def a_config(stack: TinyStack, folder: Path, pairs: Path) -> RewardModelConfig:
         policy=stack.ar,
         pairs=(pairs,),
         output=folder / "rm",
+        train_policy=True,
         num_steps=20,
         rows_per_step=8,
         log_every=5,
@@ -74,6 +76,9 @@ def test_it_learns_judges_a_run_and_is_kept(stack: TinyStack, tmp_path: Path):
     facts = manifest_facts(config.output)
     assert facts["heldout_accuracy"] > 0.9
     assert "% right" in said
+    fresh = load_ar(stack.ar).model.state_dict()
+    heard = load_reward_model(config.output).model.policy.state_dict()
+    assert any(not torch.equal(fresh[name], heard[name]) for name in fresh)
     page = (tmp_path / "rm-work" / "report.html").read_text()
     assert page.count("<svg") >= 3
     written = (config.output / "model.safetensors").stat().st_mtime_ns
@@ -96,6 +101,24 @@ def test_it_learns_judges_a_run_and_is_kept(stack: TinyStack, tmp_path: Path):
             for side in ("chosen_token_ids", "rejected_token_ids")
         )
         assert chosen - rejected == pytest.approx(pair["margin"], abs=1e-5)
+
+
+def test_the_head_alone_learns_and_golden_answers_are_worth_nothing_in_the_mean(
+    stack: TinyStack, tmp_path: Path
+):
+    fingerprint = manifest_facts(stack.ar)["codec_fingerprint"]
+    config = a_config(stack, tmp_path, write_pairs(tmp_path / "pairs", fingerprint))
+    engine = EngineConfig(learning_rate=3e-2)
+    config = config.model_copy(update={"train_policy": False, "engine": engine})
+    train_reward_model(config)
+    assert manifest_facts(config.output)["heldout_accuracy"] > 0.9
+    loaded = load_reward_model(config.output)
+    fresh = load_ar(stack.ar).model.state_dict()
+    for name, tensor in loaded.model.policy.state_dict().items():
+        torch.testing.assert_close(tensor, fresh[name], atol=0, rtol=0)
+    _, heldout = split_pairs(read_pairs(config.pairs[0]), config.heldout_share, config.seed)
+    chosen = loaded.rewards([(p.prompt_token_ids, p.chosen_token_ids) for p in heldout])
+    assert np.mean(chosen) == pytest.approx(0, abs=1e-4)
 
 
 def metrics_of(config: RewardModelConfig) -> list[dict[str, float]]:

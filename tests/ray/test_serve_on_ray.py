@@ -22,6 +22,7 @@ import yaml
 
 from speechalign.pipeline.serve import deployed, read_endpoint
 from speechalign.policy.ar import load_ar, save_ar
+from speechalign.policy.reward_model import RewardModel, save_reward_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -43,6 +44,13 @@ def another_policy(folder: Path) -> Path:
     return folder
 
 
+def a_reward_model(folder: Path) -> Path:
+    policy = load_ar(Path("speechalign/assets/ar"))
+    facts = {"codec_fingerprint": policy.facts["codec_fingerprint"]}
+    save_reward_model(folder, RewardModel(policy.model), policy.vocabulary, facts)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def serve_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped file, as a team would change it."""
@@ -54,6 +62,7 @@ def serve_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     args["voices"]["uploads"] = str(folder / "voices")
     args["access"] = {"keys_file": str(folder / "keys.yaml")}
     args["limits"] = {"max_streams": MAX_STREAMS}
+    args["policies"]["base"]["reward_model"] = str(a_reward_model(folder / "reward-model"))
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
@@ -110,6 +119,18 @@ def test_the_official_client_streams_every_format(client: openai.OpenAI):
     assert lengths["opus"] == lengths["flac"] == wav
     assert 0 < lengths["mp3"] - wav < 2_304
     assert 0 <= lengths["aac"] - wav < 2_048
+
+
+def test_a_reward_model_chooses_among_several_answers(client: openai.OpenAI):
+    def said(**own: Any) -> bytes:
+        return client.audio.speech.create(
+            **speech(response_format="pcm", extra_body={"seed": 3, **own})
+        ).content
+
+    chosen = said(n_best=4)
+    assert len(chosen) > 0
+    assert chosen == said(n_best=4)
+    assert chosen != said()
 
 
 def test_the_official_client_understands_our_refusals(client: openai.OpenAI, address: str):

@@ -1,4 +1,4 @@
-"""A reward is the mean over the tokens of an answer; the prompt and the padding do not count."""
+"""A reward is of the tokens of an answer; the prompt's own and the padding do not count."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.reward_model import RewardModel, load_reward_model, save_reward_model
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
-from speechalign.training.reward_model import pair_margins
+from speechalign.training.reward_model import pair_rewards
 from speechalign.types import PairKind, PreferencePair
 
 VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
@@ -25,7 +25,7 @@ PROMPT, ANSWER = (2, 9, 3, 25, 4), (8, 9, 1)
 def a_model() -> RewardModel:
     torch.manual_seed(0)
     model = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY)
-    return RewardModel.on_policy(model).eval()
+    return RewardModel(model).eval()
 
 
 def saved(folder: Path) -> Path:
@@ -50,15 +50,34 @@ def test_every_token_of_the_answer_counts_the_last_too():
     assert len({round(base, 5), round(first, 5), round(last, 5)}) == 3
 
 
-def test_a_reward_is_the_mean_of_what_the_head_says_at_each_token_of_the_answer():
+@torch.no_grad()
+def test_a_reward_by_hand():
     model = a_model()
+    model.offset += 0.25
     ids = torch.tensor([[*PROMPT, *ANSWER]])
-    with torch.no_grad():
-        said = model.head(model.backbone(input_ids=ids).last_hidden_state)[0, len(PROMPT) :, 0]
-    assert reward(model, ANSWER)[0] == pytest.approx(float(said.mean()), abs=1e-6)
+    said = model.policy(input_ids=ids, output_hidden_states=True)
+    seen: list[torch.Tensor] = []
+    for place in range(len(PROMPT), len(PROMPT) + len(ANSWER)):
+        expected = torch.softmax(said.logits[0, place - 1].double(), 0)
+        logprob = expected[ids[0, place]].log()
+        entropy = -(expected * expected.log()).sum()
+        surprise = torch.stack([logprob, entropy, logprob + entropy]).float()
+        seen.append(torch.cat([model.kept(said.hidden_states[-1][0, place]), surprise]))
+    tokens = model.token(torch.stack(seen))
+    deviation = (tokens.var(0, unbiased=False) + 1e-5).sqrt()
+    by_hand = model.head(torch.cat([tokens.mean(0), deviation])) - 0.25
+    assert reward(model, ANSWER)[0] == pytest.approx(float(by_hand), abs=1e-5)
 
 
-def test_a_margin_is_chosen_less_rejected():
+def test_an_answer_of_one_token_has_a_reward_and_a_gradient():
+    model = a_model()
+    said = model(collate_answers([(PROMPT, (1,))]))
+    said.sum().backward()
+    assert torch.isfinite(said).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_rewards_of_pairs_are_those_of_their_sides():
     pair = PreferencePair(
         pair_id="p",
         kind=PairKind.GOLDEN,
@@ -71,15 +90,17 @@ def test_a_margin_is_chosen_less_rejected():
         margin=1.0,
     )
     model = a_model()
-    chosen, rejected = reward(model, ANSWER, (11, 1))
     with torch.no_grad():
-        (margin,) = pair_margins(model, [pair]).tolist()
-    assert margin == pytest.approx(chosen - rejected, abs=1e-6)
+        sides = [float(side) for side in pair_rewards(model, [pair])]
+    assert sides == pytest.approx(reward(model, ANSWER, (11, 1)), abs=1e-6)
 
 
 def test_a_saved_reward_model_gives_the_same_rewards(tmp_path: Path):
-    loaded = load_reward_model(saved(tmp_path))
-    assert loaded.rewards([(PROMPT, ANSWER)]) == reward(a_model(), ANSWER)
+    model = a_model()
+    model.offset += 0.25
+    save_reward_model(tmp_path / "rm", model, VOCABULARY, {"codec_fingerprint": "f"})
+    loaded = load_reward_model(tmp_path / "rm")
+    assert loaded.rewards([(PROMPT, ANSWER)]) == reward(model, ANSWER)
 
 
 def test_what_is_no_reward_model_is_refused(tmp_path: Path):

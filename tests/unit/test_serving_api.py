@@ -131,7 +131,7 @@ def choosing(tmp_path_factory: pytest.TempPathFactory) -> SpeechService:
     folder = tmp_path_factory.mktemp("choosing")
     policy = load_ar(Path("speechalign/assets/ar"))
     torch.manual_seed(0)
-    model = RewardModel.on_policy(policy.model).eval()
+    model = RewardModel(policy.model).eval()
     facts = {"codec_fingerprint": policy.facts["codec_fingerprint"]}
     save_reward_model(folder / "rm", model, policy.vocabulary, facts)
     served = {"path": "speechalign/assets/ar", "reward_model": folder / "rm"}

@@ -119,4 +119,28 @@ def test_windows_grow_and_are_due_once_each():
 
 def test_a_first_window_without_sound_is_refused():
     with pytest.raises(ValidationError, match="the first window has no sound"):
-        StreamingConfig(first_window_frames=38, settling_frames=24, lookahead_frames=14)
+        StreamingConfig(first_window_frames=26, first_settling_frames=12, lookahead_frames=14)
+
+
+def test_the_first_window_settles_soon_and_later_ones_with_more_to_see():
+    config = StreamingConfig(
+        first_window_frames=32, first_settling_frames=12, settling_frames=24, lookahead_frames=12
+    )
+    settling = [config.settling_of(known) for known in (30, 32, 35, 36, 40, 79, 80, 200)]
+    assert settling == [12, 12, 12, 13, 14, 23, 24, 24]
+
+
+def test_a_window_is_heard_as_far_as_its_own_settling_goes():
+    config = StreamingConfig(first_window_frames=32, first_settling_frames=12, lookahead_frames=12)
+    renderer = WindowRenderer(EmbeddedCodec.load(), load_nar(ASSETS / "nar"), LEVELS, config)
+    (codes_KT,) = golden_codes(1)
+    for known, settled in ((32, 20), (40, 26), (80, 56)):
+        window = Window(
+            codes_kT=codes_KT[:1, :known].astype(np.int64),
+            speaker_codes_KT=codes_KT[:, :100],
+            heard=Heard(),
+            is_last=False,
+        )
+        wave_N, heard = renderer.render(window)
+        assert heard.codes_KT.shape[1] == settled
+        assert len(wave_N) == (settled - 12) * 320
