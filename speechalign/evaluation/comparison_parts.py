@@ -12,12 +12,16 @@ from speechalign.errors import DataError
 Table: TypeAlias = Mapping[str, Any]
 
 START, CEILING = "start", "ceiling"
+REWARD_MODEL, WINS_BY_IT = "reward_model", "wins % by reward model"
 MAX_BASELINE_DIFFERENCE = 0.005
 """Of the error rates of the start: it was sampled again, perhaps on another machine."""
 
 
 def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str, Any]:
     """Return a table with the systems of both; who is in both is as in `table`.
+
+    Wins by another reward model than this run's are left out of the earlier rows: one column has
+    one judge.
 
     Args:
         table: of this run.
@@ -29,6 +33,8 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
         DataError: the two were not measured against the same start, or an arm is not known.
     """
     _check_starts(table["rows"][0], earlier["rows"][0])
+    if earlier["facts"].get(REWARD_MODEL) != table["facts"].get(REWARD_MODEL):
+        earlier = _without_its_wins(earlier)
     head, *cells = table["table"]
     earlier_head, *earlier_cells = earlier["table"]
     head = [*head[:-1], *(n for n in earlier_head if n not in head), head[-1]]
@@ -46,6 +52,16 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
         "rows": [row for row, _ in ordered],
         "table": [head, *(line for _, line in ordered)],
     }
+
+
+def _without_its_wins(table: Table) -> dict[str, Any]:
+    rows = [dict(row) for row in table["rows"]]
+    for row in rows:
+        row["wins"] = {key: value for key, value in row["wins"].items() if key != REWARD_MODEL}
+    head, *lines = table["table"]
+    kept = [index for index, name in enumerate(head) if name != WINS_BY_IT]
+    cells = [[line[index] for index in kept] for line in (head, *lines)]
+    return dict(table) | {"rows": rows, "table": cells}
 
 
 def _check_starts(mine: Table, earlier: Table) -> None:

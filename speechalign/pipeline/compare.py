@@ -19,14 +19,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from speechalign.artifacts import is_committed, write_json_atomically
+from speechalign.artifacts import is_committed, sha256_of, write_json_atomically
 from speechalign.config.align import AlignConfig
 from speechalign.config.compare import ArmConfig, CompareConfig, RewardModelStepConfig
 from speechalign.config.load import load_config
 from speechalign.config.training import RewardModelConfig
 from speechalign.errors import BudgetExceeded, ConfigError, DataError, Diverged
 from speechalign.evaluation.comparison import System, compare_systems, comparison_rows
-from speechalign.evaluation.comparison_parts import CEILING, START, with_earlier
+from speechalign.evaluation.comparison_parts import (
+    CEILING,
+    REWARD_MODEL,
+    START,
+    with_earlier,
+)
 from speechalign.evaluation.plots import systems_compared
 from speechalign.evaluation.summary import METRICS, markdown_rows
 from speechalign.pipeline.align import run_align
@@ -34,7 +39,7 @@ from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.report import machine_facts
 from speechalign.pipeline.reward_model import train_reward_model
 from speechalign.pipeline.run_directory import TIMINGS, read_timings
-from speechalign.policy.reward_model import load_reward_model
+from speechalign.policy.reward_model import WEIGHTS, load_reward_model
 from speechalign.sampling.pipeline import SCORED
 
 logger = logging.getLogger(__name__)
@@ -206,6 +211,8 @@ def comparison_of(
         system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": CEILING})
         compared.append(compare_systems(system, [], config.num_resamples)[0])
     facts = machine_facts() | {"command": shlex.join(["speechalign", *sys.argv[1:]])}
+    if config.reward_model is not None:
+        facts[REWARD_MODEL] = sha256_of(config.run_dir / config.reward_model / WEIGHTS)[:12]
     facts |= {f"failed: {name}": reason for name, reason in failures.items()}
     rows = [one.to_json() for one in compared]
     return {"facts": facts, "rows": rows, "table": comparison_rows(compared)}

@@ -16,7 +16,8 @@ def row(arm: str, iteration: int = 1, *, wer: float = 0.2, commit: str = "new") 
     if arm not in ("start", "ceiling"):
         facts |= {"seed": 0, "iteration": iteration, "commit": commit}
     estimates = {"wer": {"value": wer, "low": wer, "high": wer}}
-    return {"summary": {"name": f"{arm}{iteration}", "estimates": estimates}, "facts": facts}
+    summary = {"name": f"{arm}{iteration}", "estimates": estimates}
+    return {"summary": summary, "facts": facts, "wins": {"reward_model": 0.9, "eval_wer": 0.6}}
 
 
 def table(columns: tuple[str, ...], *rows: dict[str, Any]) -> dict[str, Any]:
@@ -56,6 +57,24 @@ def test_a_cell_stands_below_its_head_and_is_empty_where_nobody_measured():
     assert start == ["start1", "wins of None", "", "min of None"]
     assert golden == ["golden1", "", "SIM of old", "min of old"]
     assert ppo == ["ppo1", "wins of new", "", "min of new"]
+
+
+@pytest.mark.parametrize(("mine", "theirs", "kept"), [("a", "a", True), ("a", "b", False)])
+def test_wins_by_another_reward_model_are_left_out(mine: str, theirs: str, kept: bool):
+    columns = ("wins % by WER", "wins % by reward model", "min")
+    new = table(columns, row("start"), row("ppo"))
+    old = table(columns, row("start", commit="old"), row("golden", commit="old"))
+    new["facts"]["reward_model"], old["facts"]["reward_model"] = mine, theirs
+    both = with_earlier(new, old, ARMS)
+    assert ("reward_model" in both["rows"][1]["wins"]) == kept
+    assert both["rows"][1]["wins"]["eval_wer"] == 0.6
+    assert both["rows"][2]["wins"]["reward_model"] == 0.9
+    said = " of old" if kept else ""
+    assert both["table"][2] == [
+        "golden1", "wins % by WER of old", f"wins % by reward model{said}" if kept else "",
+        "min of old",
+    ]  # fmt: skip
+    assert both["table"][3][2] == "wins % by reward model of new"
 
 
 def test_tables_of_another_start_are_refused():
