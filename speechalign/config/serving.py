@@ -68,8 +68,8 @@ class StreamingConfig(Config):
     renders the sentence from its start.
     """
 
-    first_window_frames: int = Field(default=32, gt=0)
-    window_growth: float = Field(default=1.25, ge=1)
+    first_window_frames: int = Field(default=36, gt=0)
+    window_growth: float = Field(default=1.4, ge=1)
     max_window_frames: int = Field(default=150, gt=0)
     """Of growth from one window to the next."""
     piece_tokens: int = Field(default=4, gt=0)
