@@ -91,7 +91,9 @@ class RewardTask:
             "num_train_pairs": len(self._train),
             "num_heldout_pairs": len(self._heldout),
         }
-        save_reward_model(folder, reward_model, self._vocabulary, facts | own | _measured(margins_N))
+        save_reward_model(
+            folder, reward_model, self._vocabulary, facts | own | _measured(margins_N)
+        )
         kinds = [str(pair.kind) for pair in self._heldout]
         table = pa.table({"kind": kinds, "margin": margins_N.tolist()})
         pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
