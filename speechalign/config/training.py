@@ -107,6 +107,9 @@ class RewardModelConfig(TrainingJob):
     """Folders with pairs, of `speechalign pair`."""
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
     """Of the prompts: their pairs are measured, never trained on."""
+    measured_pairs: tuple[Path, ...] = ()
+    """Folders with pairs that are only measured, e.g. of recordings that the policy was not trained
+    on: it knows its training data, and the held-out pairs do not tell."""
 
 
 TrainingConfig: TypeAlias = Annotated[

@@ -136,7 +136,7 @@ def _run_steps(config: CompareConfig) -> tuple[list[Arm], dict[str, str]]:
     with connected():
         for step in config.steps:
             if isinstance(step, RewardModelStepConfig):
-                train_reward_model(reward_model_of(config, step))
+                logger.info("%s", train_reward_model(reward_model_of(config, step)))
                 continue
             for arm in arms[step.name]:
                 share_stages(arm.config, [earlier.config for earlier in done])

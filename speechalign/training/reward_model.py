@@ -76,15 +76,14 @@ class RewardTask:
 
     def heldout(self, model: nn.Module) -> dict[str, float]:
         """Return loss, accuracy and mean margin of the held-out pairs."""
-        chosen_N, rejected_N = self._heldout_rewards(model)
+        chosen_N, rejected_N = batched_rewards(model, self._heldout)
         return _measured(chosen_N - rejected_N)
 
     def save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         """Commit the reward model with its held-out margins."""
         reward_model = cast("RewardModel", model).eval()
-        with torch.no_grad():
-            chosen_N, rejected_N = self._heldout_rewards(model)
-            reward_model.offset += chosen_N.mean()
+        chosen_N, rejected_N = batched_rewards(model, self._heldout)
+        reward_model.offset += chosen_N.mean()
         margins_N = chosen_N - rejected_N
         own = {
             "codec_fingerprint": self._fingerprint,
@@ -98,13 +97,6 @@ class RewardTask:
         table = pa.table({"kind": kinds, "margin": margins_N.tolist()})
         pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
 
-    def _heldout_rewards(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        batches = range(0, len(self._heldout), HELDOUT_BATCH)
-        parts = [
-            pair_rewards(model, self._heldout[first : first + HELDOUT_BATCH]) for first in batches
-        ]
-        return torch.cat([chosen for chosen, _ in parts]), torch.cat([other for _, other in parts])
-
 
 def _measured(margins_N: Tensor) -> dict[str, float]:
     return {
@@ -112,6 +104,16 @@ def _measured(margins_N: Tensor) -> dict[str, float]:
         "heldout_accuracy": float((margins_N > 0).float().mean()),
         "heldout_margin": float(margins_N.mean()),
     }
+
+
+@torch.no_grad()
+def batched_rewards(model: nn.Module, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+    """Return the rewards of any number of pairs, each (N,), a few at a time."""
+    parts = [
+        pair_rewards(model, pairs[first : first + HELDOUT_BATCH])
+        for first in range(0, len(pairs), HELDOUT_BATCH)
+    ]
+    return torch.cat([chosen for chosen, _ in parts]), torch.cat([other for _, other in parts])
 
 
 def pair_rewards(model: nn.Module, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """A reward model learns what separates the sides of its pairs, and then rewards samples."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -109,8 +110,20 @@ def test_the_head_alone_learns_and_golden_answers_are_worth_nothing_in_the_mean(
     fingerprint = manifest_facts(stack.ar)["codec_fingerprint"]
     config = a_config(stack, tmp_path, write_pairs(tmp_path / "pairs", fingerprint))
     engine = EngineConfig(learning_rate=3e-2)
-    config = config.model_copy(update={"train_policy": False, "engine": engine})
-    train_reward_model(config)
+    # Turned round: of what it has learned, the contrary is right here.
+    turned = [
+        replace(p, chosen_token_ids=p.rejected_token_ids, rejected_token_ids=p.chosen_token_ids)
+        for p in read_pairs(config.pairs[0])
+    ]
+    with committed_folder(tmp_path / "others", {}) as partial:
+        pq.write_table(pairs_to_table(turned), partial / PAIRS)
+    others = (tmp_path / "others",)
+    changes = {"train_policy": False, "engine": engine, "measured_pairs": others}
+    config = config.model_copy(update=changes)
+    said = train_reward_model(config)
+    (right,) = re.findall(rf"right of the pairs of {others[0]}: ([\d.]+)% of 60", said)
+    assert float(right) < 10
+    assert f"{right}% of 60" in (tmp_path / "rm-work" / "report.html").read_text()
     assert manifest_facts(config.output)["heldout_accuracy"] > 0.9
     loaded = load_reward_model(config.output)
     fresh = load_ar(stack.ar).model.state_dict()
