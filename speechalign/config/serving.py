@@ -68,11 +68,11 @@ class StreamingConfig(Config):
     renders the sentence from its start.
     """
 
-    first_window_frames: int = Field(default=36, gt=0)
+    first_window_frames: int = Field(default=40, gt=0)
     window_growth: float = Field(default=1.4, ge=1)
     max_window_frames: int = Field(default=150, gt=0)
     """Of growth from one window to the next."""
-    piece_tokens: int = Field(default=4, gt=0)
+    piece_tokens: int = Field(default=8, gt=0)
     """Tokens that leave the engine's process at once."""
     settling_frames: int = Field(default=24, ge=0)
     """Frames that the NAR model sees beyond one before it decides about it."""
