@@ -5,12 +5,12 @@ on golden against synthetic tokens (section 3.2). The head sees, at every token 
 policy's last hidden state, the token's log-prob, the entropy it was expected with, and their sum
 (how much it surprised); it pools them by mean and standard deviation (x-vectors: Snyder et al.
 2018), because what tells golden from synthetic is spread over the answer. A scalar head on the
-hidden states alone, as Ouyang et al. have it, learns a third less (docs/experiments.md).
+hidden states of a fine-tuned backbone got .79 of the held-out pairs that this gets .95 of; of
+recordings that the policy never saw it gets .69 (docs/experiments.md).
 
     FOLDER/config.json  model.safetensors  vocabulary.json  manifest.json
 
-Shapes: B rows, S token positions, V vocabulary, D hidden size, P what is kept of it, T width of
-the token layer.
+Shapes: B rows, S token positions, P what is kept of a hidden state, T width of the token layer.
 """
 
 from collections.abc import Mapping, Sequence

@@ -121,7 +121,7 @@ def test_the_official_client_streams_every_format(client: openai.OpenAI):
     assert 0 <= lengths["aac"] - wav < 2_048
 
 
-def test_a_reward_model_chooses_among_several_answers(client: openai.OpenAI):
+def test_several_answers_are_drawn_and_one_is_heard_the_same_each_time(client: openai.OpenAI):
     def said(**own: Any) -> bytes:
         return client.audio.speech.create(
             **speech(response_format="pcm", extra_body={"seed": 3, **own})
