@@ -260,10 +260,10 @@ def bench_serve(
         "jobs/serve-embedded-cpu.yaml"
     ),
     clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Of each of three measurements.")] = 120.0,
+    seconds: Annotated[float, typer.Option(help="Of each of the three with a load.")] = 120.0,
     output: Annotated[Path | None, typer.Option(help="A JSON file to write, too.")] = None,
 ) -> None:
-    """Measure an endpoint: one client, many, and the same engine without HTTP and Serve."""
+    """Measure an endpoint: one client, many, a killed replica, and the engine without Serve."""
     from speechalign.pipeline import bench as benchmarks
     from speechalign.pipeline.serve import read_endpoint
 

@@ -1,6 +1,5 @@
 """How a policy is trained on answers that it gives while it is trained."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -34,8 +33,6 @@ class PpoConfig(Config):
     """To mean 0 and variance 1 over the tokens of all ranks."""
     critic_warmup_steps: int = Field(default=0, ge=0)
     """Steps in which the critic learns and the policy does not."""
-    critic: Path | None = None
-    """A reward model that the critic starts from; else the policy's backbone."""
     critic_engine: EngineConfig = EngineConfig(learning_rate=1e-4)
 
 

@@ -1,36 +1,41 @@
-"""`speechalign bench serve`: an endpoint under load, and the same engine without it."""
+"""`speechalign bench serve`: an endpoint under load, one that dies, and the engine without it."""
 
 import asyncio
 import json
 import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from speechalign.config.serving import ServingConfig
 from speechalign.pipeline.cluster import LOCAL_ENVIRONMENT
-from speechalign.pipeline.serve import Endpoint, deployed
+from speechalign.pipeline.serve import APPLICATION, Endpoint, deployed
 
 PCM_WARM_UP_S = 5.0
 
 
 def bench_serve(endpoint: Endpoint, *, num_clients: int, seconds: float) -> dict[str, Any]:
-    """Measure one client, many clients, and many callers of the same engine in one process.
+    """Measure one client, many, a killed replica, and many callers of the same engine in-process.
 
     Args:
         endpoint: it is started for the measurement, and ends with it.
-        num_clients: at once in the second and third measurement.
+        num_clients: at once, where there are many.
         seconds: of each measurement.
     """
     with deployed(endpoint) as address:
         alone = asyncio.run(_over_http(endpoint, address, 1, seconds))
         crowd = asyncio.run(_over_http(endpoint, address, num_clients, seconds))
+        died = asyncio.run(_killed(endpoint, address))
     direct = _direct(endpoint.config, num_clients, seconds)
     served_s, direct_s = (one["speech_seconds_a_second"] for one in (crowd, direct))
     return {
         "one client": alone,
         f"{num_clients} clients": crowd,
+        "the policy's replica killed": died,
         f"{num_clients} callers of the engine, no HTTP, no Serve": direct,
         "throughput of the endpoint, of the engine's": round(served_s / direct_s, 3),
     }
@@ -40,6 +45,27 @@ async def _over_http(
     endpoint: Endpoint, address: str, num_clients: int, seconds: float
 ) -> dict[str, Any]:
     from speechalign.serving.bench import load, over_http, summary
+
+    async with _clients(endpoint, address, num_clients) as client:
+        speak = over_http(client, *_model_and_voice(endpoint.config))
+        rate_hz = endpoint.config.pcm_sample_rate_hz
+        await load(speak, num_clients=num_clients, seconds=PCM_WARM_UP_S, rate_hz=rate_hz)
+        tally = await load(speak, num_clients=num_clients, seconds=seconds, rate_hz=rate_hz)
+    return summary(tally)
+
+
+async def _killed(endpoint: Endpoint, address: str) -> dict[str, Any]:
+    from speechalign.serving.bench import outage, over_http
+
+    model, voice = _model_and_voice(endpoint.config)
+    async with _clients(endpoint, address, 1) as client:
+        return await outage(over_http(client, model, voice), replica_of(f"speaker-{model}").kill)
+
+
+@asynccontextmanager
+async def _clients(
+    endpoint: Endpoint, address: str, num_clients: int
+) -> AsyncGenerator[httpx.AsyncClient]:
     from speechalign.serving.keys import read_keys
 
     keys = read_keys(endpoint.config.access)
@@ -48,12 +74,15 @@ async def _over_http(
     async with httpx.AsyncClient(
         base_url=address, headers=headers, timeout=120, limits=limits
     ) as client:
-        model, voice = _model_and_voice(endpoint.config)
-        speak = over_http(client, model, voice)
-        rate_hz = endpoint.config.pcm_sample_rate_hz
-        await load(speak, num_clients=num_clients, seconds=PCM_WARM_UP_S, rate_hz=rate_hz)
-        tally = await load(speak, num_clients=num_clients, seconds=seconds, rate_hz=rate_hz)
-    return summary(tally)
+        yield client
+
+
+def replica_of(deployment: str) -> psutil.Process:
+    """Return the one replica of a deployment that this process started; others may be here."""
+    ours = psutil.Process().children(recursive=True)
+    name = f"ServeReplica:{APPLICATION}:{deployment}"
+    (found,) = [one for one in ours if name in " ".join(one.cmdline())]
+    return found
 
 
 def _direct(config: ServingConfig, num_clients: int, seconds: float) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> Non
     probes = _probes(learned.slice(0, NUM_PROBES), paths.policy)
     job = OnlineJob(
         task=OnlineTask(
-            config=_with_whole_paths(training),
+            config=training,
             temperature=config.sampling.temperatures[0],
             samples_per_prompt=config.sampling.samples_per_prompt,
         ),
@@ -124,11 +124,3 @@ def _probes(prompts: pa.Table, policy: Path) -> tuple[Probe, ...]:
         )
         for prompt in prompts_from_table(prompts)
     )
-
-
-def _with_whole_paths(training: OnlineTrainingConfig) -> OnlineTrainingConfig:
-    """Workers have another working directory."""
-    if training.ppo.critic is None:
-        return training
-    ppo = training.ppo.model_copy(update={"critic": training.ppo.critic.resolve()})
-    return training.model_copy(update={"ppo": ppo})

@@ -68,8 +68,6 @@ def check_run(config: AlignConfig) -> None:
             headers_of(judge)
         if isinstance(judge, RewardModelJudgeConfig):
             _check_reward_model(judge.path, build_codec(config.codec).fingerprint)
-    if isinstance(config.training, OnlineTrainingConfig) and config.training.ppo.critic:
-        _check_reward_model(config.training.ppo.critic, build_codec(config.codec).fingerprint)
 
 
 def check_judge_names(judges: Sequence[JudgeConfig]) -> None:

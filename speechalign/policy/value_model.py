@@ -1,7 +1,8 @@
 """PPO's critic: the expected return just before every token.
 
-The backbone of a policy, or of a reward model's policy (Ouyang et al. 2022, appendix C.4), and a
-scalar head, which starts at zero.
+The backbone of the policy that is trained, and a scalar head, which starts at zero. Ouyang et al.
+2022 (appendix C.4) start from the reward model; ours holds the same policy, and its own head reads
+whole answers.
 
 Shapes: B rows, S token positions, D hidden size.
 """
@@ -15,7 +16,6 @@ from transformers import PreTrainedModel
 
 from speechalign.policy.answer_batch import AnswerBatch
 from speechalign.policy.ar import load_ar
-from speechalign.policy.reward_model import load_reward_model
 
 
 class ValueModel(nn.Module):
@@ -31,11 +31,6 @@ class ValueModel(nn.Module):
     def of_policy(cls, folder: Path) -> "ValueModel":
         """Return a critic that starts from a policy."""
         return cls(load_ar(folder).model)
-
-    @classmethod
-    def of_reward_model(cls, folder: Path) -> "ValueModel":
-        """Return a critic that starts from the policy inside a reward model."""
-        return cls(load_reward_model(folder).model.policy)
 
     def forward(self, batch: AnswerBatch) -> Tensor:
         """Return value_BS: at the place of each answer token, what was expected before it."""

@@ -31,6 +31,7 @@ LINES = (
 )
 BYTES_PER_SAMPLE = 2
 PROCESSES = "ServeReplica:"
+GIVE_UP_S = 300.0
 
 Stream: TypeAlias = AsyncGenerator[bytes]
 Speak: TypeAlias = Callable[[str, int], Stream]
@@ -105,6 +106,41 @@ async def _listen(stream: Stream, tally: Tally, rate_hz: int) -> None:
     tally.factors.append((time.monotonic() - started) / spoken_s)
     tally.underruns += bool(ran_dry)
     tally.spoken_s += spoken_s
+
+
+async def outage(speak: Speak, kill: Callable[[], None]) -> dict[str, Any]:
+    """Kill who speaks while somebody listens, and ask again until somebody is answered.
+
+    The seconds count from the kill to the first sound of the next answer; null when there was
+    none within five minutes.
+    """
+    broken, statuses, started = 0, Counter[int](), 0.0
+    try:
+        async with aclosing(speak(" ".join(LINES), 0)) as stream:
+            await anext(stream)
+            started = time.monotonic()
+            kill()
+            async for _ in stream:
+                pass
+    except httpx.HTTPError:
+        broken = 1
+    while time.monotonic() - started < GIVE_UP_S:
+        try:
+            async with aclosing(speak(LINES[1], 1)) as stream:
+                await anext(stream)
+            statuses[200] += 1
+            break
+        except Refused as error:
+            statuses[error.status] += 1
+        except httpx.HTTPError:
+            statuses[0] += 1
+        await asyncio.sleep(0.2)
+    waited_s = round(time.monotonic() - started, 1) if statuses[200] else None
+    return {
+        "broken_streams": broken,
+        "answers": dict(sorted(statuses.items())),
+        "seconds_to_next_sound": waited_s,
+    }
 
 
 def over_http(client: httpx.AsyncClient, model: str, voice: str) -> Speak:

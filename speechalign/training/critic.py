@@ -30,8 +30,7 @@ class Critic:
     """A value model that learns beside the policy."""
 
     def __init__(self, config: OnlineTrainingConfig, policy: Path, num_micro: int) -> None:
-        start = config.ppo.critic
-        model = ValueModel.of_policy(policy) if start is None else ValueModel.of_reward_model(start)
+        model = ValueModel.of_policy(policy)
         engine_config = config.ppo.critic_engine.model_copy(update={"num_accumulated": num_micro})
         num_updates = config.num_steps * config.updates_per_step
         self._clip_range = config.ppo.value_clip_range
