@@ -19,6 +19,7 @@ from rich.console import Console
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml, load_config
 from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError, Stopped
+from speechalign.startup import collect_seldom
 from speechalign.training.stopping import STOPPED_CODE, STOPPED_WORDS, install_stop_handler
 
 if TYPE_CHECKING:
@@ -351,6 +352,7 @@ def main(*verb: str) -> None:
     Args:
         verb: what comes before the arguments of the command line; the scripts of jobs/ give it.
     """
+    collect_seldom()
     arguments = [*verb, *sys.argv[1:]]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the embedded stack loads nothing from a hub
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

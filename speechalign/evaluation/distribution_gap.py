@@ -6,6 +6,8 @@ compared, so there is a number with it: the AUC of a classifier that tells the t
 
 Shapes: P prompts, D size of a representation, R resamples; the rows of all clouds of a run are
 the same prompts in the same order.
+
+sklearn takes 2 s of a core to import: only who draws the picture waits for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from speechalign.evaluation.statistics import Estimate, percentile_estimate, resampled_indices
 from speechalign.seeds import derive_seed
@@ -99,6 +97,10 @@ def heldout_scores(golden_PD: Vectors, synthetic_PD: Vectors) -> tuple[Floats, F
 
     Each is of a logistic regression that has seen neither answer to the prompt.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     fold_P = prompt_folds(len(golden_PD))
     golden_P, synthetic_P = np.empty(len(fold_P)), np.empty(len(fold_P))
     for fold in np.unique(fold_P):
@@ -126,6 +128,9 @@ def auc(golden_P: Floats, synthetic_P: Floats) -> float:
 
 def project(clouds: Mapping[str, Vectors]) -> dict[str, list[tuple[float, float]]]:
     """Return every cloud in the plane, by one t-SNE (van der Maaten & Hinton 2008) of all."""
+    from sklearn.manifold import TSNE
+    from sklearn.preprocessing import StandardScaler
+
     together = np.concatenate(list(clouds.values()))
     tsne = TSNE(
         perplexity=min(PERPLEXITY, (len(together) - 1) / 3),

@@ -16,12 +16,11 @@ Shapes: B rows, S token positions, P what is kept of a hidden state, T width of 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from speechalign.artifacts import committed_folder, verify_folder
 from speechalign.errors import ConfigError
@@ -29,6 +28,9 @@ from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.logprobs import answer_logprobs, token_entropies
 from speechalign.policy.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 NUM_KEPT, NUM_SURPRISE, TOKEN_WIDTH, HEAD_WIDTH = 16, 3, 32, 32
@@ -41,7 +43,7 @@ class RewardModel(nn.Module):
 
     offset: Tensor
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: "PreTrainedModel") -> None:
         super().__init__()
         self.policy = policy
         self.kept = nn.Linear(policy.config.hidden_size, NUM_KEPT)
@@ -117,6 +119,8 @@ def load_reward_model(folder: Path, *, device: str = "cpu") -> LoadedRewardModel
     facts = verify_folder(folder)
     if facts.get("kind") != "reward_model":
         raise ConfigError(f"{folder} holds a {facts.get('kind')!r} artifact, not a reward model")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     model = RewardModel(AutoModelForCausalLM.from_config(config))
     model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))

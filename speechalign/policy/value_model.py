@@ -8,20 +8,22 @@ Shapes: B rows, S token positions, D hidden size.
 """
 
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from speechalign.policy.answer_batch import AnswerBatch
 from speechalign.policy.ar import load_ar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ValueModel(nn.Module):
     """One number for each position."""
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: "PreTrainedModel") -> None:
         super().__init__()
         self.backbone = cast("PreTrainedModel", policy.base_model)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=False)

@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from speechalign.artifacts import is_committed, manifest_facts
 from speechalign.errors import Diverged
 from speechalign.policy.ar import save_ar
 from speechalign.policy.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POLL_S = 0.02
 STOPPED = "stopped"
@@ -48,7 +49,7 @@ class PolicyVersions:
     def publish(
         self,
         step: int,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         vocabulary: Vocabulary,
         facts: Mapping[str, Any],
         probe_logprobs: Sequence[Sequence[float]],

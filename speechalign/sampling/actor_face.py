@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from speechalign.errors import SpeechalignError
+from speechalign.startup import collect_seldom
 
 
 class ActorFace:
@@ -21,6 +22,7 @@ class ActorFace:
     def __init__(
         self, stage: Callable[..., Callable[[pa.Table], pa.Table]], arguments: Mapping[str, Any]
     ) -> None:
+        collect_seldom()
         try:
             self._stage = stage(**arguments)
         except SpeechalignError as error:

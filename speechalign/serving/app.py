@@ -97,7 +97,7 @@ def _deployment(cls: type[Any], name: str, replicas: ReplicasConfig, config: Ser
         autoscaling_config=scaling,
         max_ongoing_requests=replicas.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.drain_s,
-        health_check_period_s=5,
+        health_check_period_s=2,
     )
 
 

@@ -21,6 +21,7 @@ from speechalign.policy.prompt_format import asked_prompt
 from speechalign.policy.reward_model import LoadedRewardModel, load_reward_model
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.seeds import derive_seed
+from speechalign.startup import collect_seldom
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,7 @@ class PolicySpeaker:
     """
 
     def __init__(self, config: ServingConfig) -> None:
+        collect_seldom()
         self._config = config
         self._streams: AnswerStreams | None = None
         self._served: ServedPolicyConfig | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from speechalign.config.training import WorkersConfig
 from speechalign.errors import SpeechalignError, Stopped
+from speechalign.startup import collect_seldom
 from speechalign.training.stopping import STOP_REQUEST, saved_when_stopped
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class _Worker:
 
     def __call__(self, settings: dict[str, Any]) -> None:
         os.environ["OMP_NUM_THREADS"] = str(self._num_threads)
+        collect_seldom()
         import torch
 
         torch.set_num_threads(self._num_threads)

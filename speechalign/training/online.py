@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
 from speechalign.artifacts import (
     is_committed,
@@ -44,6 +43,9 @@ from speechalign.training.online_looks import Looks, idle_share, look_at
 from speechalign.training.policy_gradient import PolicyGradient
 from speechalign.training.rollouts import RewardOf, RolloutBlock, read_block
 from speechalign.training.running_means import RunningMeans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -306,8 +308,8 @@ class OnlineTrainer:
         probe_logprobs = self._probe_logprobs()
         with self._engine.whole_weights() as model:
             if world()[0] == 0 and not is_committed(self._versions.path(step)):
-                assert isinstance(model, PreTrainedModel)  # noqa: S101 - load_ar made it
-                self._versions.publish(step, model, self._vocabulary, self._facts, probe_logprobs)
+                policy = cast("PreTrainedModel", model)  # load_ar made it
+                self._versions.publish(step, policy, self._vocabulary, self._facts, probe_logprobs)
         barrier()
 
     @torch.no_grad()

@@ -17,12 +17,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from speechalign.artifacts import (
     MANIFEST,
@@ -48,6 +47,9 @@ from speechalign.training.pair_comparison import PairComparison
 from speechalign.training.pair_means import global_means, local_means
 from speechalign.training.reference import cached_reference_logprobs
 from speechalign.types import PreferencePair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -367,8 +369,8 @@ class _PreferenceTrainer:
             facts["knows_feedback"] = True
         with self._engine.whole_weights() as model:
             if world()[0] == 0:
-                assert isinstance(model, PreTrainedModel)  # noqa: S101 - load_ar made it
-                save_ar(self._paths.kept(best.step), model, self._policy.vocabulary, facts)
+                policy = cast("PreTrainedModel", model)  # load_ar made it
+                save_ar(self._paths.kept(best.step), policy, self._policy.vocabulary, facts)
         self._forget_former_bests()
 
     def _forget_former_bests(self) -> None:

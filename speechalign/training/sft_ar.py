@@ -4,11 +4,10 @@ Shapes: B rows, S token positions.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from speechalign.config.training import SftArConfig
 from speechalign.policy.answer_batch import AnswerBatch, collate_answers
@@ -18,6 +17,9 @@ from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.training.batches import BatchPlan
 from speechalign.training.golden import GoldenSet, read_golden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CODEBOOK_SIZE = 1024
 
@@ -60,13 +62,13 @@ class ArTask:
 
     def save(self, folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
         """Commit the policy as version 0."""
-        assert isinstance(model, PreTrainedModel)  # noqa: S101 - build_ar made it
+        policy = cast("PreTrainedModel", model)  # build_ar made it
         own = {
             "codec_fingerprint": self._train.codec_fingerprint,
             "policy_version": 0,
             "prefix_frames": self._config.model.prefix_frames,
         }
-        save_ar(folder, model, self.vocabulary, facts | own)
+        save_ar(folder, policy, self.vocabulary, facts | own)
 
     def _batch(self, golden: GoldenSet, rows: list[int], epoch: int) -> AnswerBatch:
         prefix_frames = self._config.model.prefix_frames
