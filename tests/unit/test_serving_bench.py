@@ -13,19 +13,19 @@ RATE_HZ = 1000
 SECOND = bytes(2 * RATE_HZ)
 
 
-def script(*answers: object) -> Speak:
-    """Answer with one script after the other; the last is repeated."""
+def script(*answers: list[bytes | float | Exception]) -> Speak:
+    """Answer with one script after the other; the last is repeated. Numbers are seconds."""
     left = list(answers)
 
     async def speak(_text: str, _seed: int) -> AsyncGenerator[bytes]:
         answer = left.pop(0) if len(left) > 1 else left[0]
-        for part in answer if isinstance(answer, list) else [answer]:
-            if isinstance(part, Exception):
-                raise part
-            if isinstance(part, float):
-                await asyncio.sleep(part)
-            else:
+        for part in answer:
+            if isinstance(part, bytes):
                 yield part
+            elif isinstance(part, Exception):
+                raise part
+            else:
+                await asyncio.sleep(part)
 
     return speak
 
