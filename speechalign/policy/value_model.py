@@ -1,6 +1,7 @@
 """PPO's critic: the expected return just before every token.
 
-The backbone of the policy that is trained, and a scalar head, which starts at zero. Ouyang et al.
+The backbone of the policy that is trained, a scalar head, which starts at zero, and an offset that
+no gradient reaches: what to expect before anything was learned. Ouyang et al.
 2022 (appendix C.4) start from the reward model; ours holds the same policy, and its own head reads
 whole answers.
 
@@ -28,6 +29,8 @@ class ValueModel(nn.Module):
         self.backbone = cast("PreTrainedModel", policy.base_model)
         self.head = nn.Linear(self.backbone.config.hidden_size, 1, bias=False)
         nn.init.zeros_(self.head.weight)
+        self.register_buffer("offset", torch.zeros(()))
+        self.offset: Tensor
 
     @classmethod
     def of_policy(cls, folder: Path) -> "ValueModel":
@@ -39,5 +42,5 @@ class ValueModel(nn.Module):
         hidden_BSD = self.backbone(
             input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS, use_cache=False
         ).last_hidden_state
-        before_BS = self.head(hidden_BSD[:, :-1]).squeeze(-1).float()
+        before_BS = self.head(hidden_BSD[:, :-1]).squeeze(-1).float() + self.offset
         return torch.nn.functional.pad(before_BS, (1, 0)) * batch.answer_mask_BS

@@ -36,6 +36,14 @@ class Critic:
         self._clip_range = config.ppo.value_clip_range
         self.engine = Engine(model, engine_config, num_updates)
 
+    def expect(self, reward: Tensor) -> None:
+        """Say this number of every answer, beside what is learned; all ranks must say the same.
+
+        A critic that starts at zero is wrong by the mean reward. With GAE's lambda below 1 that
+        error differs along an answer, and whitened it would drown what the rewards differ by.
+        """
+        self.engine.module.offset.copy_(reward)
+
     @torch.no_grad()
     def values(self, batch: AnswerBatch) -> Tensor:
         """Return value_BS just before each token of the answers."""

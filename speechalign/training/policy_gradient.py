@@ -97,6 +97,8 @@ class PolicyGradient:
             learned = self._with_frozen(self._group_relative(usable, means), placeholder)
         else:
             learned = self._with_frozen(list(map(_unjudged, usable)), placeholder)
+            if step == 0:
+                self._expect_the_mean(learned, self._critic)
             learned = self._actor_critic(learned, self._critic, placeholder, means)
         means.add("kept_answers", torch.tensor([len(learned) / len(rollouts)]))
         for epoch in range(self._config.num_epochs):
@@ -175,6 +177,12 @@ class PolicyGradient:
                 for row, item in enumerate(items)
             ]
         return self._whitened(learned) if config.whiten_advantages else learned
+
+    def _expect_the_mean(self, learned: Sequence[Experience], critic: Critic) -> None:
+        rewards = [item.rollout.reward or 0.0 for item in learned]
+        mine = torch.tensor([sum(rewards), len(rewards)], device=self._policy.engine.device)
+        total, count = global_sum(mine)
+        critic.expect(total / count.clamp(min=1))
 
     def _rewards(self, items: Sequence[Experience], mask_BS: Tensor) -> Tensor:
         rewards = [item.rollout.reward for item in items]

@@ -91,6 +91,30 @@ def test_the_critic_warms_up_before_the_policy_moves(folder: Path):
     assert not all(map(torch.equal, before, weights(toy)))
 
 
+def test_the_critic_starts_at_the_mean_reward(folder: Path):
+    toy = Toy(folder, a_config("ppo"))
+    first = toy.learner.learn([an_answer(-6.0), an_answer(-2.0, 9), an_answer(None, 10)], 0)
+    assert first["value_error"] == pytest.approx(4.0)
+    second = toy.learner.learn([an_answer(5.0), an_answer(5.0, 9)], 1)
+    assert second["value_error"] == pytest.approx(81.0, rel=0.1)  # only what it learned was added
+
+
+def test_what_is_added_to_all_rewards_does_not_change_the_first_update(folder: Path):
+    said = ((9, 9, 10), (RIGHT, 10, 10), (11, 9, RIGHT))
+    norms: list[float] = []
+    for added in (0.0, -6.0):
+        engine = {"learning_rate": 0.01, "zero_stage": 2}  # stage 0 does not tell its norm
+        toy = Toy(folder, a_config("ppo", engine=engine))
+        answers = [
+            replace(an_answer(reward + added), token_ids=tokens, sampler_logprobs=(-1.0,) * 3)
+            for reward, tokens in zip((1.0, 2.0, 4.0), said, strict=True)
+        ]
+        toy.learner.learn(answers, 0)
+        norms.append(toy.engine.grad_norm)
+    assert norms[0] > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
 def test_the_importance_weight_of_a_stale_answer_is_trainer_over_sampler(folder: Path):
     toy = Toy(folder, a_config("grpo", max_staleness=1))
     rollouts = toy.answers(0, ["p0"])
