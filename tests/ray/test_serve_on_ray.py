@@ -163,7 +163,7 @@ def test_streams_beyond_the_limit_are_told_to_come_back_and_a_client_that_leaves
         refused = open_stream(http)
         assert next(refused) == b"429"
         streams[0].close()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while next(again := open_stream(http, "Good morning.")) != b"200":
             again.close()
             assert time.monotonic() < deadline, "the place was never freed"
@@ -190,7 +190,7 @@ def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
         )
         with deployed(swapped, stays=True):
             assert sum(map(len, stream)) > 0
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while version_of(http) != 1:
                 assert time.monotonic() < deadline, "the policy was never swapped"
                 time.sleep(0.2)
