@@ -1,5 +1,6 @@
 """How a run reaches Ray: the cluster of RAY_ADDRESS, or one of its own on this machine."""
 
+import gc
 import logging
 import os
 import sys
@@ -40,6 +41,9 @@ def connected() -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
+        # The error of a pipeline that failed holds its actors in a cycle, and they hold cores that
+        # the next stage would wait for without end.
+        gc.collect()
         yield
         return
     with handlers_kept():

@@ -1,16 +1,22 @@
 """Rewards of one's own on the way to pairs: failures are missing, silence is not rendered."""
 
+import gc
+import logging
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.errors import BudgetExceeded, ConfigError
 from speechalign.pipeline.align import run_align
+from speechalign.pipeline.cluster import connected
 from speechalign.training.preference import read_pairs
 from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 from tests.user_rewards import is_one_of_ten
@@ -80,13 +86,30 @@ def test_a_reward_of_tokens_has_nothing_rendered(stack: TinyStack, tmp_path: Pat
     assert facts["mean_reward"] == pytest.approx(0.0, abs=1e-6)  # of every group, so of all
 
 
-def test_a_reward_that_cannot_be_made_stops_the_run_with_its_reason(
+@pytest.fixture
+def only_references() -> Iterator[None]:
+    """Nothing is collected by chance, nor held by pytest's log of the error."""
+    gc.collect()
+    gc.disable()
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+    gc.enable()
+
+
+@pytest.mark.usefixtures("only_references")
+def test_a_reward_that_cannot_be_made_stops_the_run_with_its_reason_and_leaves_no_actor(
     stack: TinyStack, tmp_path: Path
 ):
     target = "tests.user_rewards:Broken"
     config = a_recipe(stack, tmp_path / "run", {}, target=target, reads="tokens")
     with pytest.raises(ConfigError, match="cannot be created: OSError: no model here"):
         run_align(config, until="scored")
+    with connected():
+        deadline = time.monotonic() + 60
+        while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+            assert time.monotonic() < deadline, ray.available_resources()
+            time.sleep(0.5)
 
 
 def test_a_reward_that_is_nowhere_is_refused_before_anything_is_sampled(
