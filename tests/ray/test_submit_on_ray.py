@@ -83,6 +83,9 @@ def cluster() -> Iterator[Cluster]:
     ]
     worker = [
         f"--address=127.0.0.1:{gcs}",
+        # In a folder that two nodes share, the second one unpacks the job's files anew, and who
+        # works there has lost its directory.
+        f"--temp-dir={home}/worker",
         "--num-cpus=2",
         f"--dashboard-agent-listen-port={others[2]}",
     ]
