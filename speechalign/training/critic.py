@@ -42,7 +42,9 @@ class Critic:
         A critic that starts at zero is wrong by the mean reward. With GAE's lambda below 1 that
         error differs along an answer, and whitened it would drown what the rewards differ by.
         """
-        self.engine.module.offset.copy_(reward)
+        model = self.engine.unwrapped
+        assert isinstance(model, ValueModel)  # noqa: S101 - the constructor made it
+        model.offset.copy_(reward)
 
     @torch.no_grad()
     def values(self, batch: AnswerBatch) -> Tensor:
