@@ -11,7 +11,7 @@ setup: .venv/.installed
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -19,8 +19,7 @@ demo: setup
 	$(BIN)/speechalign align $(DEMO) run_dir=$(RUN) $(OVERRIDES)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/contract
-	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/contract
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .
