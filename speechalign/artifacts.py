@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from speechalign.errors import CorruptArtifact, DataError
+from speechalign.errors import ConfigError, CorruptArtifact, DataError
 
 MANIFEST = "manifest.json"
 
@@ -33,14 +33,36 @@ def committed_folder(target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
         target: where the artifact shall appear; a former one is replaced.
         facts: what to record beside the hashes (counts, fingerprints, versions). The mapping is
             read on exit, so the body may still add to it.
+
+    Raises:
+        ConfigError: something that is no artifact stands at `target`.
     """
     partial = partial_folder(target)
     yield partial
     commit_folder(partial, target, facts)
 
 
+def refuse_foreign(target: Path) -> None:
+    """Keep what is not ours: committing an artifact removes what stood in its place.
+
+    Raises:
+        ConfigError: something that is no artifact stands at `target`.
+    """
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_empty and not is_committed(target):
+        raise ConfigError(
+            f"{target} exists and has no {MANIFEST}: it is no artifact, and would be replaced; "
+            "name another folder, or remove it"
+        )
+
+
 def partial_folder(target: Path) -> Path:
-    """Return a new, empty sibling of `target` to write into."""
+    """Return a new, empty sibling of `target` to write into.
+
+    Raises:
+        ConfigError: something that is no artifact stands at `target`.
+    """
+    refuse_foreign(target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

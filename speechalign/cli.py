@@ -1,8 +1,8 @@
 """The `speechalign` command: a recipe, overrides, and one verb.
 
-Every verb takes a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
-2 a mistake in the config, 3 bad data, 4 training diverged, 143 stopped by SIGTERM with everything
-saved, 1 anything else on purpose.
+Most verbs take a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
+2 a mistake in the config, 3 bad data, 4 training diverged, 143 stopped by SIGTERM (finished stages
+and a training's state are kept), 1 anything else on purpose.
 """
 
 import logging

@@ -79,6 +79,9 @@ RENDERED = pa.schema(
 )
 """A sample with its sound. Each judge then appends its own nullable float columns."""
 
+NOT_RENDERED = "rendering: "
+"""How `judge_errors` begins when a row has no sound through no fault of the policy."""
+
 PAIR = pa.schema(
     [
         pa.field("pair_id", pa.string(), nullable=False),

@@ -172,6 +172,9 @@ def _cluster(cluster: Values, where: str) -> Iterator[Finding]:
     place = join(where, "headGroupSpec")
     if str(mapping(head.get("rayStartParams")).get("num-cpus")) != "0":
         yield Finding(place, 'set rayStartParams num-cpus: "0", so that no work lands on the head')
+    if mapping(head.get("rayStartParams")).get("dashboard-host") in ("127.0.0.1", "localhost"):
+        yield Finding(join(place, "rayStartParams.dashboard-host"), "leave it out: the operator "
+                      "sends jobs and Serve's config there, from another pod")  # fmt: skip
     yield from _params(head, place)
     yield from _images(head, place)
     for number, worker in enumerate(items(cluster.get("workerGroupSpecs"))):

@@ -145,6 +145,11 @@ class AlignConfig(Config):
             raise ValueError(f"{method} needs one sampling temperature, above 0")
         if (sampling.top_p, sampling.top_k) != (1.0, 0):
             raise ValueError(f"{method} learns from the whole softmax; remove top_p and top_k")
+        if self.reward.normalise == "group":
+            raise ValueError(
+                f"{method} chooses its best version by the mean held-out reward, which "
+                "reward.normalise: group makes 0; remove it (grpo normalises by itself)"
+            )
         if method != "ppo" and sampling.samples_per_prompt < 2:
             raise ValueError(f"{method} compares the answers of a prompt; sample at least 2")
         return self

@@ -21,7 +21,7 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
     """Return a table with the systems of both; who is in both is as in `table`.
 
     Wins by another reward model than this run's are left out of the earlier rows: one column has
-    one judge.
+    one judge. A run without one leaves them.
 
     Args:
         table: of this run.
@@ -33,7 +33,11 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
         DataError: the two were not measured against the same start, or an arm is not known.
     """
     _check_starts(table["rows"][0], earlier["rows"][0])
-    if earlier["facts"].get(REWARD_MODEL) != table["facts"].get(REWARD_MODEL):
+    facts = dict(table["facts"])
+    theirs = earlier["facts"].get(REWARD_MODEL)
+    if REWARD_MODEL not in facts and theirs is not None:
+        facts[REWARD_MODEL] = theirs
+    elif facts.get(REWARD_MODEL) != theirs:
         earlier = _without_its_wins(earlier)
     head, *cells = table["table"]
     earlier_head, *earlier_cells = earlier["table"]
@@ -48,7 +52,7 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
             found[_place(row, arms)] = (row, [known.get(name, "") for name in head])
     ordered = [found[place] for place in sorted(found)]
     return {
-        "facts": table["facts"],
+        "facts": facts,
         "rows": [row for row, _ in ordered],
         "table": [head, *(line for _, line in ordered)],
     }

@@ -211,8 +211,9 @@ def comparison_of(
         system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": CEILING})
         compared.append(compare_systems(system, [], config.num_resamples)[0])
     facts = machine_facts() | {"command": shlex.join(["speechalign", *sys.argv[1:]])}
-    if config.reward_model is not None:
-        facts[REWARD_MODEL] = sha256_of(config.run_dir / config.reward_model / WEIGHTS)[:12]
+    model = _reward_model_folder(config)
+    if model is not None:
+        facts[REWARD_MODEL] = sha256_of(model / WEIGHTS)[:12]
     facts |= {f"failed: {name}": reason for name, reason in failures.items()}
     rows = [one.to_json() for one in compared]
     return {"facts": facts, "rows": rows, "table": comparison_rows(compared)}
@@ -269,9 +270,8 @@ class _Rewarded:
     """Reads judged samples and adds what the comparison's reward model says of them."""
 
     def __init__(self, config: CompareConfig) -> None:
-        self._model = None
-        if config.reward_model is not None:
-            self._model = load_reward_model(config.run_dir / config.reward_model)
+        folder = _reward_model_folder(config)
+        self._model = None if folder is None else load_reward_model(folder)
 
     def __call__(self, folder: Path) -> pa.Table:
         table = pq.read_table(folder / SCORED)
@@ -282,6 +282,13 @@ class _Rewarded:
         names = [name for name in table.column_names if name != "reward_model"]
         column = pa.array(rewards, pa.float32())
         return table.select(names).append_column("reward_model", column)
+
+
+def _reward_model_folder(config: CompareConfig) -> Path | None:
+    """Return where the model that votes is; a part of a comparison may have none yet."""
+    if config.reward_model is None or not is_committed(config.run_dir / config.reward_model):
+        return None
+    return config.run_dir / config.reward_model
 
 
 def reward_model_of(config: CompareConfig, step: RewardModelStepConfig) -> RewardModelConfig:

@@ -31,12 +31,11 @@ from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.sample import judging_stages, sampling_stage, speaking_stages
 from speechalign.policy.nar import load_nar
 from speechalign.policy.reward_model import load_reward_model
-from speechalign.rows import GOLDEN, RENDERED, waveform_from_pcm
+from speechalign.rows import GOLDEN, NOT_RENDERED, RENDERED, waveform_from_pcm
 from speechalign.sampling import rollouts
 from speechalign.sampling.pipeline import SECONDS, possible_resources, stream
 from speechalign.sampling.pipeline import check_resources as check_pools
 from speechalign.sampling.prompts import admit_prompts, build_prompts
-from speechalign.sampling.rendering import FAILED
 from speechalign.sampling.stages import RENDER_SECONDS, SAMPLE_SECONDS
 
 ROLLOUT_FIELDS = (
@@ -78,7 +77,7 @@ def check_judge_names(judges: Sequence[JudgeConfig]) -> None:
     """
     fields = (SAMPLE_SECONDS, RENDER_SECONDS, *ROLLOUT_FIELDS)
     taken = {*RENDERED.names, *(field.name for field in fields), TRUNCATED}
-    taken.add(FAILED.partition(":")[0])  # an error that begins so is the renderer's
+    taken.add(NOT_RENDERED.partition(":")[0])  # an error that begins so is the renderer's
     for judge in judges:
         columns = {*judge_measures(judge), judge_name(judge) + SECONDS}
         if columns & taken:

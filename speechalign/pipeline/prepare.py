@@ -9,7 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from speechalign.artifacts import committed_folder, is_committed, manifest_facts, verify_folder
+from speechalign.artifacts import (
+    committed_folder,
+    is_committed,
+    manifest_facts,
+    refuse_foreign,
+    verify_folder,
+)
 from speechalign.audio.decode import read_speech
 from speechalign.audio.manifest import Recording, read_recordings, split_of
 from speechalign.codec.build import build_codec
@@ -62,10 +68,11 @@ def run_prepare(config: PrepareConfig) -> str:
     """Write the golden tokens of a corpus; return what came of it, in words.
 
     Raises:
-        ConfigError: the input cannot be read.
+        ConfigError: the input cannot be read, or the output is something else.
         DataError: not one recording was usable; the reasons are in the message.
     """
     if not is_committed(config.output):
+        refuse_foreign(config.output)
         recordings = read_recordings(config.input)
         facts: dict[str, Any] = {"kind": "golden"}
         with connected(), committed_folder(config.output, facts) as partial:

@@ -1,5 +1,6 @@
 """Prompts, samples and judged samples of a run."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,7 @@ from speechalign.rewards.learned import RewardModelStage
 from speechalign.rewards.stage import JudgeStage
 from speechalign.rewards.user_tokens import UserTokenStage
 from speechalign.sampling.pipeline import (
+    QUARANTINED,
     SCORED,
     Stage,
     render_stage,
@@ -86,7 +88,12 @@ def write_scored(config: AlignConfig, iteration: int, policy: Path, folder: Path
     samples = folder.with_name("samples")
     stages = judging_stages(config, policy, config.judges)
     if is_committed(samples):
-        verify_folder(samples)
+        facts = verify_folder(samples)
+        if not stages:
+            with committed_folder(folder, facts) as partial:
+                for file in (SCORED, QUARANTINED):
+                    shutil.copy(samples / file, partial / file)
+            return
         table = pq.read_table(samples / SCORED)
     else:
         table = training_prompts(config, iteration)

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from speechalign.config.judges import TRUNCATED, RewardConfig, RewardTermConfig
 from speechalign.errors import BudgetExceeded
-from speechalign.rows import Row, score_from_cell
+from speechalign.rows import NOT_RENDERED, Row, score_from_cell
 from speechalign.types import Measured, Score, Unmeasured
 
 STD_FLOOR = 1e-9
@@ -16,6 +16,8 @@ STD_FLOOR = 1e-9
 
 def rewards_of(rows: Sequence[Row], config: RewardConfig) -> list[Score]:
     """Return the reward of each judged sample; without one of its terms it has none.
+
+    Nor has one that was not rendered: what judges say of its silence is not about the policy.
 
     Args:
         rows: judged samples, whole groups, with the columns that the terms name.
@@ -31,10 +33,14 @@ def _term(rows: Sequence[Row], term: RewardTermConfig) -> list[Score]:
     """Return one measure of each row, clipped, or its distance to the target."""
     scores: list[Score] = []
     for row in rows:
-        if term.measure == TRUNCATED:
-            score: Score = Measured(float(row["is_truncated"]))
+        errors = row.get("judge_errors", "")
+        score: Score
+        if errors.startswith(NOT_RENDERED):
+            score = Unmeasured(errors)
+        elif term.measure == TRUNCATED:
+            score = Measured(float(row["is_truncated"]))
         else:
-            score = score_from_cell(row[term.measure], row.get("judge_errors", ""))
+            score = score_from_cell(row[term.measure], errors)
         if isinstance(score, Unmeasured):
             scores.append(Unmeasured(f"{term.measure}: {score.reason}"))
             continue

@@ -33,9 +33,8 @@ from speechalign.config.sampling import (
     SamplingConfig,
 )
 from speechalign.errors import ConfigError, DataError, SpeechalignError
-from speechalign.rows import QUARANTINE
+from speechalign.rows import NOT_RENDERED, QUARANTINE
 from speechalign.sampling.actor_face import ActorFace
-from speechalign.sampling.rendering import FAILED
 from speechalign.sampling.rollouts import RolloutStage, Sampler
 from speechalign.sampling.stages import RenderStage, SampleStage
 
@@ -258,7 +257,7 @@ class _Tally:
         return batch
 
     def _hold_back(self, batch: pa.Table) -> pa.Table:
-        is_failed = pc.starts_with(batch["judge_errors"], FAILED)
+        is_failed = pc.starts_with(batch["judge_errors"], NOT_RENDERED)
         ids = ["prompt_id", "sample_index", "judge_errors"]
         self.dropped += [
             {

@@ -3,7 +3,7 @@
 Shapes: K codebooks of the codec, k levels that are decoded, T frames, N samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,9 +16,7 @@ from speechalign.errors import ConfigError, MalformedCodes, SpeechalignError
 from speechalign.policy.nar import LevelFiller
 from speechalign.policy.prompt_format import answer_codes
 from speechalign.policy.vocabulary import Vocabulary
-
-FAILED = "rendering: "
-"""How `judge_errors` begins when a row has no sound through no fault of the policy."""
+from speechalign.rows import NOT_RENDERED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +78,7 @@ class Renderer:
 
     def render(self, answers: Sequence[Answer]) -> list[Rendered]:
         """Return the sound of each answer, in order."""
-        voices = [
-            self._voice(answer.speaker_codes_KT.tobytes(), len(answer.speaker_codes_KT))
-            for answer in answers
-        ]
+        voices = [self._voice_of(answer) for answer in answers]
         codes = [self._codes(answer) for answer in answers]
         spoken = [
             index
@@ -120,11 +115,21 @@ class Renderer:
         level1s = [codes_KT[0] for codes_KT in codes]
         return self._filler.fill(level1s, [a.speaker_codes_KT for a in answers], levels)
 
-    def _decode_voice(self, codes: bytes, num_codebooks: int) -> Sound:
-        return self._decode(np.frombuffer(codes, np.int16).reshape(num_codebooks, -1))
+    def _voice_of(self, answer: Answer) -> Sound:
+        codes_KT = answer.speaker_codes_KT
+        return _sound_of(lambda: self._voice(codes_KT.tobytes(), len(codes_KT)))
+
+    def _decode_voice(self, codes: bytes, num_codebooks: int) -> NDArray[np.float32]:
+        """Decode, or raise: only what went well is kept for the next answer of this voice."""
+        codes_KT = np.frombuffer(codes, np.int16).reshape(num_codebooks, -1)
+        return self._codec.decode(codes_KT.astype(np.int64))
 
     def _decode(self, codes_KT: NDArray[np.integer]) -> Sound:
-        try:
-            return Sound(self._codec.decode(codes_KT.astype(np.int64)))
-        except (SpeechalignError, ValueError, RuntimeError) as error:
-            return Sound(SILENCE_N, f"{FAILED}{error}")
+        return _sound_of(lambda: self._codec.decode(codes_KT.astype(np.int64)))
+
+
+def _sound_of(decode: Callable[[], NDArray[np.float32]]) -> Sound:
+    try:
+        return Sound(decode())
+    except (SpeechalignError, ValueError, RuntimeError) as error:
+        return Sound(SILENCE_N, f"{NOT_RENDERED}{error}")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from speechalign.config.training import EngineConfig
+from speechalign.errors import Diverged
 
 CLIENT_STATE = "client"
 
@@ -76,6 +77,9 @@ class Engine:
             else torch.device("cpu")
         )
         model = model.to(self.device)
+        if config.precision == "bf16":
+            # DeepSpeed's forward switches an autocast around it off (it looks at CUDA's only).
+            model.forward = self.autocast()(model.forward)
         self._deepspeed = deepspeed
         self._engine: Any  # DeepSpeed is untyped
         self._optimizer: Any
@@ -112,9 +116,19 @@ class Engine:
         if moves:
             self.step_index += 1
 
-    def discard_gradients(self) -> None:
-        """Forget the gradients gathered so far (a batch that is not finite)."""
-        self._engine.zero_grad()
+    def pass_over(self) -> None:
+        """Let a micro-batch that is not finite count, with a gradient of zero.
+
+        What came before it in the same update is kept, and no later one is out of step.
+
+        Raises:
+            Diverged: ZeRO-3 spreads the weights, so that nothing can be computed of them here.
+        """
+        if self._config.zero_stage == 3:
+            raise Diverged("the loss was not finite, which ZeRO-3 cannot pass over; resume, or "
+                           "lower the learning rate")  # fmt: skip
+        learned = [p for p in self._engine.module.parameters() if p.requires_grad]
+        self.update(torch.stack([parameter.sum() for parameter in learned]).sum() * 0)
 
     @property
     def grad_norm(self) -> float:

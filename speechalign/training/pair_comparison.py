@@ -29,6 +29,30 @@ class Compared:
     reference: PairLogprobs
 
 
+def cached_references(
+    config: PreferenceTrainingConfig,
+    pairs: Sequence[PreferencePair],
+    reference: Path,
+    cache: Path,
+) -> tuple[ReferenceLogprobs, ReferenceLogprobs]:
+    """Return the reference's log-probs of the pairs, and of the mismatched ones that KTO asks for.
+
+    The driver calls it before any worker does, so that no two ranks write the same folder.
+
+    Args:
+        config: of the training.
+        pairs: all that will be compared.
+        reference: the folder of the reference policy.
+        cache: the folder that its log-probs are kept in, and beside it.
+    """
+    precision = config.engine.precision
+    matched = cached_reference_logprobs(reference, pairs, cache, precision)
+    if config.loss.variant != "kto":
+        return matched, {}
+    beside = cache.with_name(f"{cache.name}-mismatched")
+    return matched, cached_reference_logprobs(reference, mismatched(pairs), beside, precision)
+
+
 class PairComparison:
     """Compares pairs with one model in memory: the reference's log-probs come from a cache.
 
@@ -49,20 +73,12 @@ class PairComparison:
         cache: Path,
     ) -> None:
         self._config, self._engine = config, engine
-        precision = config.engine.precision
-        self._reference: ReferenceLogprobs = cached_reference_logprobs(
-            reference, pairs, cache, precision
+        self._reference, self._mismatched_reference = cached_references(
+            config, pairs, reference, cache
         )
         self._mismatched: dict[str, PreferencePair] = {}
-        self._mismatched_reference: ReferenceLogprobs = {}
         if config.loss.variant == "kto":
             self._mismatched = {pair.pair_id: pair for pair in mismatched(pairs)}
-            self._mismatched_reference = cached_reference_logprobs(
-                reference,
-                list(self._mismatched.values()),
-                cache.with_name(f"{cache.name}-mismatched"),
-                precision,
-            )
 
     def compare(self, pairs: Sequence[PreferencePair], *, num_counted: int) -> Compared:
         """Return loss and log-probs of pairs; every rank must call it.

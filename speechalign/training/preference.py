@@ -43,9 +43,8 @@ from speechalign.training.engine import Engine, barrier, global_mean, global_sum
 from speechalign.training.launch import run_workers
 from speechalign.training.losses import loss_of_an_unmoved_policy
 from speechalign.training.metrics import MetricsWriter
-from speechalign.training.pair_comparison import PairComparison
+from speechalign.training.pair_comparison import PairComparison, cached_references
 from speechalign.training.pair_means import global_means, local_means
-from speechalign.training.reference import cached_reference_logprobs
 from speechalign.types import PreferencePair
 
 if TYPE_CHECKING:
@@ -114,9 +113,7 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
         )
     if config.pairs_per_step < config.workers.num_workers:
         raise ConfigError("pairs_per_step is lower than the number of workers; raise it")
-    cached_reference_logprobs(
-        paths.reference, pairs, paths.work / REFERENCE, config.engine.precision
-    )
+    cached_references(config, pairs, paths.reference, paths.work / REFERENCE)
     settings = {
         "config": config.model_dump(mode="json"),
         "paths": {
@@ -314,7 +311,7 @@ class _PreferenceTrainer:
 
     def _count_bad_update(self) -> None:
         self._progress.bad_updates += 1
-        self._engine.discard_gradients()
+        self._engine.pass_over()
         if self._progress.bad_updates >= MAX_BAD_UPDATES:
             raise Diverged(
                 f"the loss was not finite {MAX_BAD_UPDATES} times in a row, at update "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speechalign.errors import StaleRollouts
-from speechalign.rows import Row
+from speechalign.rows import NOT_RENDERED, Row
 from speechalign.types import Measured, Score
 
 RewardOf: TypeAlias = Callable[[Sequence[Row]], Sequence[Score]]
@@ -103,10 +103,12 @@ def _measures(table: pa.Table, rows: Sequence[Row]) -> dict[str, list[float]]:
         and pa.types.is_floating(field.type)
         and not field.name.endswith(MEASURE_SUFFIX_OF_TIME)
     ]
-    return {
-        name: [row[name] for row in rows if row[name] is not None and not row["is_heldout"]]
-        for name in names
-    }
+    heard = [
+        row
+        for row in rows
+        if not row["is_heldout"] and not row.get("judge_errors", "").startswith(NOT_RENDERED)
+    ]
+    return {name: [row[name] for row in heard if row[name] is not None] for name in names}
 
 
 def groups_of(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:

@@ -4,6 +4,8 @@ The folder `<output>-work` holds checkpoints and metrics while it runs; `output`
 training is done. The same command resumes from the newest checkpoint.
 """
 
+import hashlib
+import json
 import logging
 import time
 from pathlib import Path
@@ -13,15 +15,14 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from speechalign.artifacts import is_committed, verify_folder
-from speechalign.config.load import config_hash
+from speechalign.artifacts import MANIFEST, is_committed, refuse_foreign, sha256_of, verify_folder
 from speechalign.config.training import (
     RewardModelConfig,
     SftArConfig,
     SftNarConfig,
     TrainingConfig,
 )
-from speechalign.errors import Diverged, Stopped
+from speechalign.errors import ConfigError, Diverged, Stopped
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import rows_of_rank
 from speechalign.training.best_weights import BestWeights
@@ -32,6 +33,7 @@ from speechalign.training.metrics import MetricsWriter
 
 logger = logging.getLogger(__name__)
 
+IDENTITY = "identity"
 MAX_BAD_UPDATES = 3
 """Batches in a row whose loss is not finite, after which the run stops."""
 
@@ -66,18 +68,43 @@ def run_training(config: TrainingConfig) -> Path:
     """Train and commit a model; return its folder. A finished one is kept.
 
     Raises:
-        ConfigError: the data cannot be read, or does not fit the model.
+        ConfigError: the data cannot be read, or does not fit the model, or the output is
+            something else, perhaps of other data or settings.
         Diverged: the loss stopped being finite.
     """
     if is_committed(config.output):
-        verify_folder(config.output)
+        if verify_folder(config.output).get(IDENTITY) != identity_of(config):
+            raise ConfigError(
+                f"{config.output} holds what other data or settings made; name another output, or "
+                "remove it"
+            )
         logger.info("%s: finished earlier", config.output)
         return config.output
+    refuse_foreign(config.output)
     build_task(config)  # a mistake in the data shows here, before any worker starts
     work = work_folder(config)
     settings = {"config": _with_whole_paths(config).model_dump(mode="json")}
     run_workers(train_worker, settings, config.workers, work / "ray")
     return config.output
+
+
+def identity_of(config: TrainingConfig) -> str:
+    """Return what a checkpoint and a finished model share with the training that they are of.
+
+    Settings, and the content of files and of committed folders: where they are does not matter.
+    """
+    own: dict[str, Any] = config.model_dump(mode="json", exclude={"output", "log_every"})
+    for name, value in config:
+        if name in own and isinstance(value, Path):
+            own[name] = _content_of(value)
+        elif name in own and isinstance(value, tuple):
+            own[name] = [_content_of(v) if isinstance(v, Path) else v for v in value]
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content_of(path: Path) -> str:
+    file = path / MANIFEST if path.is_dir() else path
+    return sha256_of(file) if file.is_file() else ""  # what was learned from may be gone
 
 
 def _with_whole_paths(config: TrainingConfig) -> TrainingConfig:
@@ -122,10 +149,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     engine = Engine(task.model, config.engine, config.num_steps)
     work = work_folder(config)
     checkpoint = work / "checkpoint"
+    identity = identity_of(config)
     if has_checkpoint(checkpoint):
-        verify_folder(checkpoint)
-        engine.load(checkpoint)
-        logger.info("resumed after step %d", engine.step_index)
+        if verify_folder(checkpoint).get(IDENTITY) == identity:
+            engine.load(checkpoint)
+            logger.info("resumed after step %d", engine.step_index)
+        else:
+            logger.warning("%s is of other data or settings; starting over", checkpoint)
     first = engine.step_index * config.engine.num_accumulated
     best = BestWeights(work / "best", is_resumed=engine.step_index > 0) if task.keeps_best else None
     with MetricsWriter(work, is_writer=world()[0] == 0, resumed_at=engine.step_index) as metrics:
@@ -133,10 +163,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         for micro in range(first, num_micro):
             loop.step(micro)
             if (micro + 1) % config.engine.num_accumulated == 0:
-                loop.after_update(checkpoint)
+                loop.after_update(checkpoint, identity)
     with engine.whole_weights() as model:
         if world()[0] == 0:
-            facts = {"config_hash": config_hash(config), "num_steps": config.num_steps}
+            facts: dict[str, Any] = {IDENTITY: identity, "num_steps": config.num_steps}
             if best is not None:
                 facts["best_step"] = best.load_into(model)
             task.save(config.output, model, facts)
@@ -156,8 +186,7 @@ class _Loop:
     ) -> None:
         self._config, self._task, self._engine, self._metrics = config, task, engine, metrics
         self._best = best
-        self._total = torch.zeros(())
-        self._count = torch.zeros(())
+        self._total, self._count = self._zeros()
         self._bad_updates = 0
         self._since = time.monotonic()
 
@@ -168,14 +197,14 @@ class _Loop:
         with self._engine.autocast():
             total, count = self._task.loss(self._engine.module, rows, micro)
         if not torch.isfinite(global_sum(total)):
-            self._skip(micro)
+            self._pass_over(micro)
         else:
             self._bad_updates = 0
-            self._total += total.detach().cpu()
-            self._count += count.cpu()
+            self._total += total.detach()
+            self._count += count
             self._engine.update(global_mean(total, count))
 
-    def after_update(self, checkpoint: Path) -> None:
+    def after_update(self, checkpoint: Path, identity: str) -> None:
         """Log, evaluate and save when it is time.
 
         Raises:
@@ -188,7 +217,7 @@ class _Loop:
             self._look(step)
         asked = stop_is_asked(checkpoint.parent, self._engine.device)
         if asked or step % config.checkpoint_every == 0 or step == config.num_steps:
-            with checkpoint_folder(checkpoint, {"step_index": step}) as partial:
+            with checkpoint_folder(checkpoint, {"step_index": step, IDENTITY: identity}) as partial:
                 self._engine.save(partial)
         if asked:
             logger.info("saved after step %d, and stopped", step)
@@ -214,12 +243,17 @@ class _Loop:
         self._metrics.write(step, values)
         if world()[0] == 0:
             logger.info("step %d/%d %s", step, self._config.num_steps, values)
-        self._total, self._count = torch.zeros(()), torch.zeros(())
+        self._total, self._count = self._zeros()
         self._since = time.monotonic()
 
-    def _skip(self, micro: int) -> None:
+    def _zeros(self) -> tuple[Tensor, Tensor]:
+        """Return sums to begin with, where the ranks can add them up."""
+        total, count = torch.zeros(2, device=self._engine.device)
+        return total, count
+
+    def _pass_over(self, micro: int) -> None:
         self._bad_updates += 1
-        self._engine.discard_gradients()
+        self._engine.pass_over()
         if self._bad_updates >= MAX_BAD_UPDATES:
             raise Diverged(
                 f"the loss was not finite for {MAX_BAD_UPDATES} batches in a row, until batch "

@@ -137,6 +137,8 @@ SERVICE_MISTAKES: list[tuple[str, Change]] = [
     ("does not say ray", lambda v: container(v).update(image="speechalign:1.0")),
     ("at least 60 s to save", lambda v: group(v)["template"]["spec"].update(
         terminationGracePeriodSeconds=30)),
+    ("leave it out: the operator", lambda v: cluster(v)["headGroupSpec"]["rayStartParams"].update(
+        {"dashboard-host": "127.0.0.1"})),
     ("0 is no text", lambda v: group(v).update(rayStartParams={"num-cpus": 0})),
     ("no work lands on the head", lambda v: cluster(v)["headGroupSpec"].update(rayStartParams={})),
     ("the cluster's API runs code", lambda v: cluster(v).pop("authOptions")),

@@ -84,3 +84,12 @@ def test_two_arms_and_a_reward_model_make_one_table(stack: TinyStack, tmp_path: 
     merged = json.loads((config.run_dir / "compare.json").read_text())
     assert [row["summary"]["name"] for row in merged["rows"]] == names
     assert merged["table"] == json.loads(earlier.read_text())["table"]
+    a_part_needs_no_reward_model(config, tmp_path)
+
+
+def a_part_needs_no_reward_model(config: CompareConfig, elsewhere: Path) -> None:
+    (config.run_dir / "rm").rename(elsewhere / "rm")
+    run_compare(config, only=["dpo"])
+    part = json.loads((config.run_dir / "compare.json").read_text())
+    assert "duration_ratio" in part["rows"][1]["summary"]["estimates"]
+    assert part["rows"][1]["wins"] == {}

@@ -22,9 +22,11 @@ def test_golden_pairs_are_made_without_a_judge(stack: TinyStack, tmp_path: Path)
     values |= {"judges": [], "reward": {}, "pairing": {"kinds": ["golden"]}}
     values["sampling"]["samples_per_prompt"] = 1
     config = AlignConfig.model_validate(values)
+    run_align(config, until="samples")  # drawn once, and taken as they are
     run_align(config, until="pairs")
     folder = config.run_dir / "iteration-1"
     scored = pq.read_table(folder / "scored" / "scored.parquet")
+    assert scored.equals(pq.read_table(folder / "samples" / "scored.parquet"))
     assert "waveform_pcm" not in scored.column_names
     assert "golden_duration_s" not in scored.column_names
     assert list(manifest_facts(folder / "scored")["stage_seconds"]) == ["sample"]

@@ -9,7 +9,7 @@ from speechalign.artifacts import (
     verify_folder,
     write_json_atomically,
 )
-from speechalign.errors import CorruptArtifact, DataError
+from speechalign.errors import ConfigError, CorruptArtifact, DataError
 
 
 def a_folder(path: Path) -> Path:
@@ -44,6 +44,17 @@ def test_a_new_commit_replaces_the_former_one_whole(tmp_path: Path):
     with committed_folder(folder, {}) as partial:
         (partial / "other").write_text("x")
     assert not (folder / "deep").exists()
+
+
+def test_what_is_no_artifact_is_never_replaced(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    a_folder(tmp_path / "empty")
+    notes = tmp_path / "run" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(ConfigError, match="it is no artifact"):
+        a_folder(notes.parent)
+    assert notes.read_text() == "mine"
 
 
 @pytest.mark.parametrize("content", [b"\x01\x02\x07", b"\x01\x02", b"\x01\x02\x03\x00", None])

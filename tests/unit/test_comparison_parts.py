@@ -59,13 +59,18 @@ def test_a_cell_stands_below_its_head_and_is_empty_where_nobody_measured():
     assert ppo == ["ppo1", "wins of new", "", "min of new"]
 
 
-@pytest.mark.parametrize(("mine", "theirs", "kept"), [("a", "a", True), ("a", "b", False)])
-def test_wins_by_another_reward_model_are_left_out(mine: str, theirs: str, kept: bool):
+@pytest.mark.parametrize(
+    ("mine", "theirs", "kept"), [("a", "a", True), ("a", "b", False), (None, "b", True)]
+)
+def test_wins_by_another_reward_model_are_left_out(mine: str | None, theirs: str, kept: bool):
     columns = ("wins % by WER", "wins % by reward model", "min")
     new = table(columns, row("start"), row("ppo"))
     old = table(columns, row("start", commit="old"), row("golden", commit="old"))
-    new["facts"]["reward_model"], old["facts"]["reward_model"] = mine, theirs
+    old["facts"]["reward_model"] = theirs
+    if mine is not None:
+        new["facts"]["reward_model"] = mine
     both = with_earlier(new, old, ARMS)
+    assert both["facts"]["reward_model"] == (mine or theirs)
     assert ("reward_model" in both["rows"][1]["wins"]) == kept
     assert both["rows"][1]["wins"]["eval_wer"] == 0.6
     assert both["rows"][2]["wins"]["reward_model"] == 0.9

@@ -37,6 +37,11 @@ def test_without_one_of_its_terms_there_is_no_reward():
     assert rewards_of([row], CONFIG) == [Unmeasured("sim: too short")]
 
 
+def test_what_judges_say_of_a_row_that_was_not_rendered_is_no_reward():
+    row = a_row(wer=1.0, sim=0.0) | {"judge_errors": "rendering: out of memory"}
+    assert rewards_of([row], CONFIG) == [Unmeasured("wer: rendering: out of memory")]
+
+
 def test_what_is_no_number_is_missing():
     assert rewards_of([a_row(wer=float("nan"), sim=0.0)], CONFIG) == [
         Unmeasured("wer: nan is no number")

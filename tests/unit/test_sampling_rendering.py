@@ -9,7 +9,8 @@ from speechalign.codec.base import check_codes
 from speechalign.config.sampling import RenderingConfig
 from speechalign.errors import ConfigError
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
-from speechalign.sampling.rendering import FAILED, Answer, Renderer
+from speechalign.rows import NOT_RENDERED
+from speechalign.sampling.rendering import Answer, Renderer
 
 VOCABULARY = Vocabulary(symbols="a", num_codebooks=1, codebook_size=16)
 
@@ -91,7 +92,7 @@ def test_an_answer_that_says_nothing_is_empty_and_no_error(answer: Answer) -> No
 
 def test_an_answer_that_the_codec_breaks_on_leaves_the_others_alone() -> None:
     broken, other = a_renderer().render([an_answer(13), an_answer(2)])
-    assert broken.error == FAILED + "the vocoder broke"
+    assert broken.error == NOT_RENDERED + "the vocoder broke"
     assert broken.waveform_N.size == 0
     assert other.error == ""
     assert other.waveform_N.size == 1
@@ -99,8 +100,21 @@ def test_an_answer_that_the_codec_breaks_on_leaves_the_others_alone() -> None:
 
 def test_a_broken_voice_is_an_error_of_its_row_alone() -> None:
     broken, other = a_renderer().render([an_answer(2, voice=99), an_answer(2)])
-    assert broken.error.startswith(FAILED + "codes lie in [0, 16)")
+    assert broken.error.startswith(NOT_RENDERED + "codes lie in [0, 16)")
     assert other.error == ""
+
+
+def test_a_voice_that_failed_once_is_tried_again() -> None:
+    class Recovers(SumCodec):
+        def decode(self, codes_KT: NDArray[np.integer]) -> NDArray[np.float32]:
+            if not self.num_decoded:
+                self.num_decoded += 1
+                raise RuntimeError("out of memory")
+            return super().decode(codes_KT)
+
+    renderer = a_renderer(Recovers())
+    errors = [renderer.render([an_answer(2)])[0].error for _ in range(2)]
+    assert errors == [f"{NOT_RENDERED}out of memory", ""]
 
 
 def test_samples_of_a_prompt_share_one_rendered_voice() -> None:
