@@ -32,6 +32,7 @@ POD: dict[str, Any] = {
     "topologySpreadConstraints": ANY, "enableServiceLinks": bool,
 }  # fmt: skip
 TEMPLATE = {"metadata": ANY, "spec!": POD}
+DASHBOARD_PORT = 8265
 RULES = {"ingressRules": ANY, "egressRules": ANY}
 RAY_CLUSTER: dict[str, Any] = {
     "rayVersion!": str, "enableInTreeAutoscaling": bool, "suspend": bool, "managedBy": str,
@@ -168,6 +169,8 @@ def _cluster(cluster: Values, where: str) -> Iterator[Finding]:
         yield Finding(join(where, "authOptions.mode"), "set token: the cluster's API runs code")
     if not cluster.get("networkPolicy"):
         yield Finding(join(where, "networkPolicy"), "none: every pod may talk to the cluster")
+    if where != "spec":  # a RayJob or a RayService
+        yield from _reached_by_the_operator(cluster, where)
     head = mapping(cluster.get("headGroupSpec"))
     place = join(where, "headGroupSpec")
     if str(mapping(head.get("rayStartParams")).get("num-cpus")) != "0":
@@ -179,6 +182,16 @@ def _cluster(cluster: Values, where: str) -> Iterator[Finding]:
     yield from _images(head, place)
     for number, worker in enumerate(items(cluster.get("workerGroupSpecs"))):
         yield from _worker(mapping(worker), join(where, f"workerGroupSpecs.{number}"))
+
+
+def _reached_by_the_operator(cluster: Values, where: str) -> Iterator[Finding]:
+    policy = mapping(cluster.get("networkPolicy"))
+    rules = items(mapping(policy.get("head")).get("ingressRules"))
+    ports = [mapping(port).get("port") for rule in rules for port in items(rule.get("ports"))]
+    if policy and policy.get("mode") != "DenyAllEgress" and DASHBOARD_PORT not in ports:
+        yield Finding(join(where, "networkPolicy.head.ingressRules"),
+                      f"none for port {DASHBOARD_PORT}: the operator could not send the job or "
+                      "Serve's config")  # fmt: skip
 
 
 def _worker(group: Values, where: str) -> Iterator[Finding]:

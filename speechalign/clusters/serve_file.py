@@ -7,13 +7,12 @@ from pydantic import ValidationError
 
 from speechalign.clusters.findings import Finding, Values, items, join, mapping, unknown_keys
 from speechalign.config.load import validated
-from speechalign.config.serving import ServingConfig
+from speechalign.config.serving import ServingConfig, is_loopback
 from speechalign.errors import ConfigError
 
 OURS = "speechalign.serving.app:build"
 RUNTIME_KEYS = frozenset({"env_vars", "working_dir", "py_modules", "excludes", "pip", "uv", "conda",
                           "image_uri", "py_executable", "config"})  # fmt: skip
-EVERYBODY = ("0.0.0.0", "::", "")
 
 
 def check_serve(values: Values) -> list[Finding]:
@@ -100,9 +99,9 @@ def _ours(args: Values, http: Values, where: str) -> Iterator[Finding]:
         yield Finding(where, str(error))
         return
     host = str(http.get("host", "0.0.0.0"))
-    if host in EVERYBODY and config.access.allow_anonymous:
+    if not is_loopback(host) and config.access.allow_anonymous:
         yield Finding(
             join(where, "access.allow_anonymous"),
-            f"everybody reaches {host or 'all addresses'} without a key; set keys_file, or "
+            f"others reach {host or 'all addresses'} without a key; set keys_file, or "
             "http_options.host to 127.0.0.1",
         )

@@ -1,5 +1,6 @@
 """What a speech endpoint can be told: the `args` of its application in a file of Ray Serve."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -177,3 +178,11 @@ class ServingConfig(Config):
                 f"prompt in engine.max_model_len {self.engine.max_model_len}"
             )
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -5,6 +5,7 @@ tokens of each step, and closing its iterator frees the engine's slot.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections import deque
@@ -16,8 +17,10 @@ from typing import Protocol
 
 import torch
 
-from speechalign.errors import ConfigError, EngineDead, SpeechalignError
+from speechalign.errors import ConfigError, DataError, EngineDead, SpeechalignError
 from speechalign.generation.base import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +182,9 @@ class AnswerStreams:
                 self._step()
         except EngineDead as error:
             self._end(error)
+        except Exception as error:
+            logger.exception("the engine's thread failed")
+            self._end(EngineDead(f"the engine failed: {type(error).__name__}: {error}"))
         else:
             self._end(EngineDead("the engine was closed"))
 
@@ -215,8 +221,12 @@ class AnswerStreams:
     def _swap(self, swap: _Swap) -> None:
         try:
             self._engine.load_policy(swap.folder)
-        except (SpeechalignError, OSError) as error:  # the old policy stays: say so to who asked
+        except (ConfigError, DataError, OSError) as error:  # the old policy stays: tell who asked
             swap.done.set_exception(error)
+        except Exception as error:  # its weights may be half replaced
+            dead = EngineDead(f"loading {swap.folder} failed: {type(error).__name__}: {error}")
+            swap.done.set_exception(dead)
+            raise dead from error
         else:
             swap.done.set_result(self._engine.policy_version)
 

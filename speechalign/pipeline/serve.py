@@ -1,6 +1,5 @@
 """`speechalign serve`: an endpoint on this machine, or on the cluster of RAY_ADDRESS."""
 
-import ipaddress
 import logging
 import signal
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 from speechalign.artifacts import is_committed, manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import load_config, read_yaml, validated, with_overrides
-from speechalign.config.serving import ServingConfig
+from speechalign.config.serving import ServingConfig, is_loopback
 from speechalign.errors import ConfigError
 from speechalign.pipeline.cluster import connected
 
@@ -100,7 +99,7 @@ def read_endpoint(
     if policy is not None:
         args["policies"] = {name: {"path": str(path)} for name, path in policies_of(policy).items()}
     host, port = _address(values.get("http_options") or {}, listen)
-    if not _is_loopback(host):
+    if not is_loopback(host):
         # Somebody else can reach it: what is fine on a laptop would be an open door here.
         args["access"] = {**args.get("access", {}), "allow_anonymous": False}
     config = validated(ServingConfig, with_overrides(args, overrides), f"{file}, applications.args")
@@ -173,13 +172,6 @@ def policies_of(path: Path) -> dict[str, Path]:
     )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 @contextmanager
 def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
     """Serve inside the block; yields the address. Streams that are open may finish at the end.
@@ -190,7 +182,8 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
         stays: what is served goes on after the block.
 
     Raises:
-        ConfigError, DataError: the endpoint could never work; raised before a process is started.
+        ConfigError, DataError: the endpoint could never work, or the cluster's Serve listens on
+            another address; raised before a process is started.
     """
     from speechalign.serving.app import check_endpoint
 
@@ -198,6 +191,7 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
     with connected():
         from ray import serve
 
+        _start_serve(endpoint)
         try:
             _deploy(endpoint)
             yield endpoint.address
@@ -206,17 +200,32 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
                 serve.shutdown()
 
 
+def _start_serve(endpoint: Endpoint) -> None:
+    """Start Serve, if the cluster has none yet; it would ignore another address in silence."""
+    from ray import serve
+
+    options = endpoint.to_serve()["http_options"]
+    serve.start(proxy_location="HeadOnly", http_options=options)
+    running = _serve_client().http_config
+    if (running.host, running.port) != (endpoint.host, endpoint.port):
+        raise ConfigError(
+            f"this cluster's Serve listens on {running.host}:{running.port} already; give "
+            f"--listen {running.host}:{running.port}, or end it with `serve shutdown`"
+        )
+
+
+def _serve_client() -> Any:
+    from ray.serve import context
+
+    return context._get_global_client()  # pyright: ignore[reportPrivateUsage]
+
+
 def _deploy(endpoint: Endpoint) -> None:
     """Do what `serve deploy` does, without its dashboard; the one place with private names."""
     from ray import serve
-    from ray.serve import context
-    from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
+    from ray.serve.schema import ServeDeploySchema
 
-    schema = ServeDeploySchema.model_validate(endpoint.to_serve())
-    options = schema.http_options or HTTPOptionsSchema()
-    serve.start(proxy_location="HeadOnly", http_options=options.model_dump(exclude_unset=True))
-    client: Any = context._get_global_client()  # pyright: ignore[reportPrivateUsage]
-    client.deploy_apps(schema)
+    _serve_client().deploy_apps(ServeDeploySchema.model_validate(endpoint.to_serve()))
     while True:
         application = serve.status().applications.get(APPLICATION)
         status = application.status if application else "NOT_STARTED"

@@ -21,10 +21,16 @@ class TextFrontend:
         """Return the phonemes of an English text.
 
         Raises:
-            UnspeakableText: the text is empty, too long, or has characters of another script.
+            UnspeakableText: the text is empty, too long, has characters of another script, or a
+                number without a name.
         """
         check_text(text)
-        phonemes = self._phonemize(text)
+        try:
+            phonemes = self._phonemize(text)
+        except (IndexError, KeyError) as error:  # a number beyond all names
+            raise UnspeakableText(
+                f"{text!r} cannot be read aloud; write its numbers in words"
+            ) from error
         return phonemes if isinstance(phonemes, str) else "".join(phonemes)
 
 

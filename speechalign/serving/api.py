@@ -6,7 +6,7 @@ A plain FastAPI application; Serve runs it in every replica of the ingress.
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from functools import lru_cache
 from pathlib import Path
@@ -111,8 +111,7 @@ class SpeechRoutes:
         """List the policies."""
         self._key(request)
         found = await self._service.models()
-        data = [schema.Model(id=name, version=version) for name, version in found.items()]
-        return schema.ModelList(data=data)
+        return schema.ModelList(data=[_model(name, facts) for name, facts in found.items()])
 
     async def model(self, request: Request, model: str) -> schema.Model:
         """Return one policy."""
@@ -120,7 +119,7 @@ class SpeechRoutes:
         found = await self._service.models()
         if model not in found:
             raise unknown_model(model, list(found))
-        return schema.Model(id=model, version=found[model])
+        return _model(model, found[model])
 
     async def voices(self, request: Request) -> schema.VoiceList:
         """List the voices."""
@@ -128,8 +127,8 @@ class SpeechRoutes:
         voices = self._service.voices
         return schema.VoiceList(
             data=[
-                schema.VoiceInfo(id=name, name=name, created_at=voices.created(name))
-                for name in voices.names()
+                schema.VoiceInfo(id=name, name=name, created_at=created)
+                for name, created in voices.listed().items()
             ]
         )
 
@@ -269,3 +268,7 @@ def _request_id(request: Request) -> str:
         own = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         request.state.request_id = own
     return request.state.request_id
+
+
+def _model(name: str, facts: Mapping[str, Any]) -> schema.Model:
+    return schema.Model(id=name, version=facts["version"], refused=facts["refused"])

@@ -58,6 +58,8 @@ class Model(BaseModel):
     owned_by: str = "speechalign"
     version: int
     """Of the policy: counts its weight updates."""
+    refused: str = ""
+    """Why the policy that was deployed last does not speak; empty: it does."""
 
 
 class ModelList(BaseModel):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from speechalign.config.serving import ServingConfig
-from speechalign.errors import DataError, UnspeakableText
+from speechalign.errors import ConfigError, DataError, UnspeakableText
 from speechalign.policy.text import TextFrontend
 from speechalign.seeds import derive_seed
 from speechalign.serving.encoding import Tempo, build_encoder, is_sent_whole, media_type
@@ -35,7 +35,7 @@ class PolicyFace(Speaker, Protocol):
     """A policy's deployment, as the ingress sees it."""
 
     async def facts(self) -> Mapping[str, Any]:
-        """Return `version`, `codec_fingerprint` and `can_choose`."""
+        """Return what `PolicySpeaker.facts` does."""
         ...
 
 
@@ -90,10 +90,10 @@ class SpeechService:
         self._num_streams, self._is_draining = 0, False
         self._sample_rate_hz = 0
 
-    async def models(self) -> dict[str, int]:
-        """Return the version of each policy."""
+    async def models(self) -> dict[str, Mapping[str, Any]]:
+        """Return the facts of each policy."""
         facts = await asyncio.gather(*[policy.facts() for policy in self._policies.values()])
-        return {name: one["version"] for name, one in zip(self._policies, facts, strict=True)}
+        return dict(zip(self._policies, facts, strict=True))
 
     async def order(self, request: SpeechRequest, key: ApiKey) -> Order:
         """Return what is to be spoken, checked so that nothing but a failure can stop it.
@@ -127,7 +127,7 @@ class SpeechService:
             speaker=speaker,
             policy_version=facts["version"],
             voice=voice,
-            phonemes=self._phonemes(request.input),
+            phonemes=self._phonemes(request.input, facts["max_phonemes"]),
             seed=secrets.randbits(31) if request.seed is None else request.seed,
             sample_rate_hz=self._sample_rate_hz or await self._ask_rate(),
             tally=Tally(),
@@ -155,12 +155,21 @@ class SpeechService:
         if request.n_best > most:
             raise invalid(f"n_best is at most {most}", "n_best", "invalid_value")
 
-    def _phonemes(self, text: str) -> tuple[str, ...]:
+    def _phonemes(self, text: str, most: int) -> tuple[str, ...]:
         try:
             parts = sentences(text, self.config.speaking.max_sentence_characters)
-            return tuple(self._frontend.phonemize(part) for part in parts)
+            spoken = tuple(self._frontend.phonemize(part) for part in parts)
         except UnspeakableText as error:
             raise invalid(str(error), "input", "unspeakable_text") from None
+        for part, phonemes in zip(parts, spoken, strict=True):
+            if len(phonemes) > most:
+                raise invalid(
+                    f"{part!r} has {len(phonemes)} sounds, at most {most} are spoken at once; "
+                    "write its numbers shorter, or make several sentences of it",
+                    "input",
+                    "input_too_long",
+                )
+        return spoken
 
     def media_type(self, order: Order) -> str:
         """Return the Content-Type of an answer."""
@@ -306,6 +315,7 @@ class SpeechService:
             codec_fingerprint=order.voice.codec_fingerprint,
             seed=derive_seed(order.seed, "serving", number),
             n_best=order.request.n_best,
+            version=order.policy_version if "@" in order.request.model else None,
         )
         return Sentence(order.speaker, self._renderer, ask, self.config.streaming)
 
@@ -321,14 +331,19 @@ class SpeechService:
         try:
             codes_KT, fingerprint = await self._renderer.encode(clip)
         except DataError as error:
-            raise invalid(str(error), "audio_sample", "unusable_clip") from None
+            # Of another process comes an error whose text is Ray's traceback; its cause is ours.
+            reason = str(getattr(error, "cause", error))
+            raise invalid(reason, "audio_sample", "unusable_clip") from None
         if codes_KT.shape[1] < self.config.voices.speaker_frames:
             raise invalid(
                 "the clip has too little speech between its silent ends",
                 "audio_sample",
                 "unusable_clip",
             )
-        return await asyncio.to_thread(self.voices.store, name, codes_KT, fingerprint)
+        try:
+            return await asyncio.to_thread(self.voices.store, name, codes_KT, fingerprint)
+        except ConfigError as error:  # another upload of that name was faster
+            raise invalid(str(error), "name", "voice_exists", 409) from None
 
 
 def as_problem(error: BaseException) -> Problem:

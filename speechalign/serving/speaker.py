@@ -1,6 +1,8 @@
 """The deployment that holds the engine: phonemes and a voice in, codec codes out as they come."""
 
 import asyncio
+import json
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from speechalign.artifacts import manifest_facts
 from speechalign.codec.base import check_fingerprint
 from speechalign.config.serving import ServedPolicyConfig, ServingConfig
-from speechalign.errors import ConfigError, EngineDead, MalformedCodes
+from speechalign.errors import ConfigError, DataError, EngineDead, MalformedCodes
 from speechalign.generation.base import SamplingParams
 from speechalign.generation.build import build_generation_engine
 from speechalign.generation.streams import AnswerStreams, Piece
@@ -22,6 +25,11 @@ from speechalign.policy.reward_model import LoadedRewardModel, load_reward_model
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.seeds import derive_seed
 from speechalign.startup import collect_seldom
+
+logger = logging.getLogger(__name__)
+
+MODEL_CONFIG = "config.json"
+NOT_OF_THE_SHAPE = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +41,8 @@ class Ask:
     codec_fingerprint: str
     seed: int
     n_best: int = 1
+    version: int | None = None
+    """Of the policy that must speak; none: the one that is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,28 +68,44 @@ class PolicySpeaker:
         self._streams: AnswerStreams | None = None
         self._served: ServedPolicyConfig | None = None
         self._rewards: LoadedRewardModel | None = None
+        self._refused = ""
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Answer with the policy of a `ServedPolicyConfig` from here on.
 
+        A policy that cannot take the place of the one that answers is refused: `facts` and the
+        log say why. Serve would end a replica that raises here, and its successors after it.
+
         Raises:
-            ConfigError: the folder holds no policy, or one of another shape.
-            CorruptArtifact: a file differs from the manifest.
+            ConfigError: the first policy's folder holds none.
+            CorruptArtifact: a file of it differs from the manifest.
+            EngineDead: the engine broke while it loaded; Serve replaces the replica.
         """
-        served = ServedPolicyConfig.model_validate(user_config)
+        try:
+            served = ServedPolicyConfig.model_validate(user_config)
+            await self._take(served)
+        except (ConfigError, DataError, OSError, ValidationError) as error:
+            if self._served is None:
+                raise
+            self._refused = f"{user_config.get('path')} was refused: {error}"
+            logger.warning("%s; %s goes on", self._refused, self._served.path)
+        else:
+            self._refused = ""
+
+    async def _take(self, served: ServedPolicyConfig) -> None:
+        chooser = served.reward_model
+        rewards = None if chooser is None else load_reward_model(chooser)
         if self._streams is None:
             engine = build_generation_engine(served.path, self._config.engine)
             self._streams = AnswerStreams(engine)
         elif self._served is not None and served.path != self._served.path:
             _check_same_shape(self._served.path, served.path)
             await self._streams.load_policy(served.path)
-        self._served = served
+        self._served, self._rewards = served, rewards
         self._facts = manifest_facts(served.path)
         self._vocabulary = Vocabulary.load(served.path / VOCABULARY)
         # A word among the codes is no sound; short texts make a policy say one now and then.
         self._allowed_ids = (EOS_ID, *self._vocabulary.code_ids)
-        chooser = served.reward_model
-        self._rewards = None if chooser is None else load_reward_model(chooser)
 
     def check_health(self) -> None:
         """Let Serve replace this replica when its engine is dead.
@@ -96,23 +122,37 @@ class PolicySpeaker:
             "version": self._facts["policy_version"],
             "codec_fingerprint": self._facts["codec_fingerprint"],
             "can_choose": self._rewards is not None,
+            "refused": self._refused,
+            "max_phonemes": self._max_phonemes(),
         }
+
+    def _max_phonemes(self) -> int:
+        """Return how many a sentence may have, so that prompt and answer fit the engine."""
+        shape = (self._vocabulary.num_codebooks, self._facts["prefix_frames"])
+        symbol, voice_kT = self._vocabulary.symbols[-1], np.zeros(shape, np.int16)
+        shortest = asked_prompt(self._vocabulary, self._facts, symbol, voice_kT)
+        room = self._config.engine.max_model_len - self._config.speaking.max_new_tokens
+        return room - len(shortest) + 1
 
     async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
         """Yield whole frames as they are made; the last one says so.
 
         Raises:
-            ConfigError, DataError: the sentence or the voice does not fit the policy.
+            ConfigError, DataError: the sentence or the voice does not fit the policy, or it is
+                no longer the version that was asked for.
             MalformedCodes: the policy said something that is no sound.
             EngineDead: the engine will not answer again; Serve replaces it.
         """
         prompt = self._prompt(ask)
         if ask.n_best > 1:
-            yield await self._best(prompt, ask)
+            spoken = await self._best(prompt, ask)
+            self._check_version(ask)
+            yield spoken
             return
         held: list[int] = []
         levels = self._vocabulary.num_codebooks
         async for piece in self._answer(prompt, ask.seed):
+            self._check_version(ask)
             held += piece.token_ids
             if piece.is_last:
                 yield self._spoken(held, piece)
@@ -120,6 +160,12 @@ class PolicySpeaker:
                 whole = len(held) // levels * levels
                 yield self._spoken(held[:whole], piece)
                 held = held[whole:]
+
+    def _check_version(self, ask: Ask) -> None:
+        """No swap comes between the tokens of an answer, so who speaks now has spoken all of it."""
+        assert self._streams is not None  # noqa: S101 - Serve configured it first
+        if ask.version not in (None, self._streams.policy_version):
+            raise ConfigError(f"version {ask.version} was asked for, and has been replaced")
 
     async def _best(self, prompt: tuple[int, ...], ask: Ask) -> Spoken:
         """Return the answer that the reward model likes best; none is heard before all are made."""
@@ -175,11 +221,21 @@ def _check_same_shape(old: Path, new: Path) -> None:
         raise ConfigError(f"{new} holds no policy; the endpoint goes on with {old}")
     facts = [manifest_facts(folder) for folder in (old, new)]
     shapes = [
-        (Vocabulary.load(folder / VOCABULARY), one["prefix_frames"], one.get("knows_feedback"))
+        (
+            Vocabulary.load(folder / VOCABULARY),
+            *(one.get(key) for key in ("prefix_frames", "knows_feedback", "codec_fingerprint")),
+            _model_shape(folder),
+        )
         for folder, one in zip((old, new), facts, strict=True)
     ]
     if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"{new} has prompts of another form than {old}: it cannot be swapped in place; deploy "
-            "it under a name of its own"
+            f"{new} has another model, codec or form of prompts than {old}: it cannot be swapped "
+            "in place; deploy it under a name of its own"
         )
+
+
+def _model_shape(folder: Path) -> dict[str, Any]:
+    """Return what of a model's config its weights must fit."""
+    values = json.loads((folder / MODEL_CONFIG).read_text())
+    return {name: value for name, value in values.items() if name not in NOT_OF_THE_SHAPE}

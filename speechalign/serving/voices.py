@@ -11,8 +11,10 @@ Shapes: K codebooks, T frames.
 import io
 import json
 import shutil
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 import soundfile as sf
 from numpy.typing import NDArray
 
-from speechalign.artifacts import committed_folder, is_committed, verify_folder
+from speechalign.artifacts import committed_folder, is_committed, manifest_facts, verify_folder
 from speechalign.audio.decode import decode_speech
 from speechalign.config.prepare import AudioLimits
 from speechalign.config.serving import VoicesConfig
@@ -100,6 +102,7 @@ class Voices:
     def __init__(self, config: VoicesConfig) -> None:
         self._config = config
         self._golden = golden_voices(config)
+        self._one_at_a_time = threading.Lock()
 
     def find(self, name: str) -> Voice | None:
         """Return a voice, an alias's, or none."""
@@ -110,10 +113,13 @@ class Voices:
         """Return all names, aliases too."""
         return [*self._golden, *self._config.aliases, *self._uploaded_names()]
 
-    def created(self, name: str) -> int:
-        """Return when a voice was uploaded; 0: the endpoint came with it."""
-        voice = None if name in self._config.aliases else self._uploaded(name)
-        return voice.created if voice else 0
+    def listed(self) -> dict[str, int]:
+        """Return when each voice was uploaded, by its name; 0: the endpoint came with it."""
+        uploaded: dict[str, int] = {}
+        for name in self._uploaded_names():
+            with suppress(DataError, OSError):  # deleted meanwhile
+                uploaded[name] = manifest_facts(self._folder(name))["created"]
+        return uploaded | dict.fromkeys([*self._golden, *self._config.aliases], 0)
 
     def can_take(self, name: str) -> str:
         """Return why a new voice of a name cannot be stored; empty: it can."""
@@ -126,12 +132,18 @@ class Voices:
         return ""
 
     def store(self, name: str, codes_KT: NDArray[np.int16], codec_fingerprint: str) -> Voice:
-        """Write a voice, whole or not at all."""
+        """Write a voice, whole or not at all.
+
+        Raises:
+            ConfigError: there is one of that name.
+        """
         folder = self._folder(name)
         created = int(time.time())
         facts = {"kind": "voice", "codec_fingerprint": codec_fingerprint, "created": created}
         kept_KT = np.ascontiguousarray(codes_KT[:, : self._config.speaker_frames])
-        with committed_folder(folder, facts) as partial:
+        with self._one_at_a_time, committed_folder(folder, facts) as partial:
+            if is_committed(folder):
+                raise ConfigError(f"there is a voice {name!r} already")
             np.save(partial / CODES, kept_KT, allow_pickle=False)
             (partial / FACTS).write_text(json.dumps({"name": name}) + "\n")
         return Voice(
@@ -142,7 +154,11 @@ class Voices:
         """Forget an uploaded voice; return whether there was one."""
         if self._config.uploads is None or not is_committed(self._folder(name)):
             return False
-        shutil.rmtree(self._folder(name))
+        gone = self._folder(f".{name}.deleted")  # at once; names with a dot are not listed
+        with self._one_at_a_time:
+            shutil.rmtree(gone, ignore_errors=True)
+            self._folder(name).replace(gone)
+            shutil.rmtree(gone)
         return True
 
     def _folder(self, name: str) -> Path:

@@ -7,7 +7,7 @@ so that N ranks with one row compute what one rank computes with N rows.
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class Engine:
         """The model itself, without the engine around it."""
         return self._engine.module
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> torch.autocast:
         """Compute in the configured precision."""
         enabled = self._config.precision == "bf16"
         return torch.autocast(self._config.device, torch.bfloat16, enabled=enabled)

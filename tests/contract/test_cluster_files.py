@@ -137,6 +137,7 @@ SERVICE_MISTAKES: list[tuple[str, Change]] = [
     ("does not say ray", lambda v: container(v).update(image="speechalign:1.0")),
     ("at least 60 s to save", lambda v: group(v)["template"]["spec"].update(
         terminationGracePeriodSeconds=30)),
+    ("none for port 8265", lambda v: cluster(v)["networkPolicy"]["head"]["ingressRules"].pop(0)),
     ("leave it out: the operator", lambda v: cluster(v)["headGroupSpec"]["rayStartParams"].update(
         {"dashboard-host": "127.0.0.1"})),
     ("0 is no text", lambda v: group(v).update(rayStartParams={"num-cpus": 0})),
@@ -153,7 +154,7 @@ SERVICE_MISTAKES: list[tuple[str, Change]] = [
     ("serveConfigV2.applications.0.import_pat: unknown key", edit_serve(import_pat="x")),
     ("'working_dir'", edit_serve(runtime_env={"working_dirr": "x"})),
     ("is no remote URI", edit_serve(runtime_env={"working_dir": "."})),
-    ("everybody reaches", edit_serve(args={
+    ("others reach 0.0.0.0", edit_serve(args={
         "nar": "n", "policies": {"a": {"path": "p"}}, "voices": {"golden": "g"},
         "access": {"allow_anonymous": True}})),
     ("did you mean 'policies'", edit_serve(args={"nar": "n", "policy": {}})),

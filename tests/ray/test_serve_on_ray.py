@@ -13,12 +13,14 @@ from typing import Any
 
 import av
 import httpx
+import numpy as np
 import openai
 import pytest
 import ray
 import soundfile as sf
 import yaml
 
+from speechalign.errors import ConfigError
 from speechalign.pipeline.bench import replica_of
 from speechalign.pipeline.serve import deployed, read_endpoint
 from speechalign.policy.ar import load_ar, save_ar
@@ -147,6 +149,31 @@ def test_the_official_client_understands_our_refusals(client: openai.OpenAI, add
     assert [model.id for model in client.models.list()] == ["base"]
 
 
+def test_an_address_that_serve_would_ignore_is_refused_and_what_runs_goes_on(
+    client: openai.OpenAI, serve_file: Path
+):
+    elsewhere = read_endpoint(serve_file, None, [], f"127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigError, match=r"listens on 127\.0\.0\.1:"), deployed(elsewhere):
+        pass
+    assert [model.id for model in client.models.list()] == ["base"]
+
+
+def test_a_clip_that_cannot_be_used_is_refused_without_a_traceback(client: openai.OpenAI):
+    silence = io.BytesIO()
+    sf.write(silence, np.zeros(48_000, np.int16), 16_000, format="WAV")
+    answer = httpx.post(
+        f"{client.base_url}audio/voices",
+        headers=AUTHORISED,
+        data={"name": "mute", "consent": "true"},
+        files={"audio_sample": ("mute.wav", silence.getvalue(), "audio/wav")},
+        timeout=60,
+    )
+    assert answer.status_code == 400
+    assert "silence" in (message := answer.json()["error"]["message"])
+    assert "Traceback" not in message
+    assert "ray::" not in message
+
+
 def open_stream(http: httpx.Client, text: str = LONG) -> Generator[bytes]:
     body = {"model": "base", "voice": "alloy", "input": text, "response_format": "pcm"}
     with http.stream("POST", "/v1/audio/speech", json=body, headers=AUTHORISED) as answer:
@@ -197,6 +224,13 @@ def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
             spoken = open_stream(http, "Good morning.")
             assert next(spoken) == b"200"
             assert sum(map(len, spoken)) > 0
+            nowhere = swapped.with_policy("base", tmp_path / "nowhere")
+            with deployed(nowhere, stays=True):
+                refused = http.get("/v1/models/base", headers=AUTHORISED).json()
+                assert (refused["version"], "nowhere was refused" in refused["refused"]) == (
+                    1,
+                    True,
+                )
     assert replica_of("speaker-base").pid == before
 
 

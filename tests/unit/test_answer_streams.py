@@ -26,13 +26,15 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.versions: list[int] = []
         self.may_step = threading.Event()
-        self.dies = False
+        self.dies = self.fails = False
         if is_free:
             self.may_step.set()
 
     def load_policy(self, folder: Path) -> None:
         if folder.name == "broken":
             raise ConfigError("no policy here")
+        if folder.name == "of another shape":
+            raise KeyError("layers.6.weight")
         assert not self.said, "a policy was swapped while an answer was being made"
         self.policy_version = int(folder.name)
 
@@ -47,6 +49,8 @@ class ScriptedEngine:
         self.may_step.wait(10)
         if self.dies:
             raise EngineDead("burnt out")
+        if self.fails:
+            raise ValueError("a bug")
         pieces: list[Piece] = []
         for answer_id in list(self.said):
             self.said[answer_id] += 1
@@ -167,6 +171,24 @@ def test_when_the_engine_dies_everybody_who_waits_is_told_and_later_ones_at_once
 
     assert [type(error) for error in asyncio.run(run())] == [EngineDead] * 4
     assert str(streams.death) == "burnt out"
+
+
+def test_a_failure_that_nobody_foresaw_ends_the_engine_and_not_in_silence():
+    engine = ScriptedEngine()
+    engine.fails = True
+    streams = AnswerStreams(engine)
+    with pytest.raises(EngineDead, match="ValueError: a bug"):
+        asyncio.run(tokens_of(streams))
+    assert str(streams.death) == "the engine failed: ValueError: a bug"
+
+
+def test_a_swap_that_broke_the_weights_ends_the_engine():
+    streams = AnswerStreams(ScriptedEngine())
+    with pytest.raises(EngineDead, match=r"of another shape failed: KeyError: 'layers\.6"):
+        asyncio.run(streams.load_policy(Path("of another shape")))
+    with pytest.raises(EngineDead):
+        asyncio.run(tokens_of(streams))
+    assert "KeyError" in str(streams.death)
 
 
 def test_stepping_gives_the_same_answers_as_whole_batches(tmp_path: Path):

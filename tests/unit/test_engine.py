@@ -62,7 +62,6 @@ def test_what_came_before_it_in_the_same_update_is_kept():
 
 
 def test_zero_3_cannot_pass_over():
-    engine = an_engine()
-    engine._config = engine._config.model_copy(update={"zero_stage": 3})
+    engine = an_engine(zero_stage=3)
     with pytest.raises(Diverged, match="cannot pass over"):
         engine.pass_over()

@@ -106,7 +106,7 @@ def test_a_broken_voice_is_an_error_of_its_row_alone() -> None:
 
 def test_a_voice_that_failed_once_is_tried_again() -> None:
     class Recovers(SumCodec):
-        def decode(self, codes_KT: NDArray[np.integer]) -> NDArray[np.float32]:
+        def decode(self, codes_KT: NDArray[np.int64]) -> NDArray[np.float32]:
             if not self.num_decoded:
                 self.num_decoded += 1
                 raise RuntimeError("out of memory")

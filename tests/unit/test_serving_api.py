@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from starlette.requests import Request
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from speechalign.artifacts import committed_folder, manifest_facts
 from speechalign.config.sampling import TransformersConfig
-from speechalign.errors import EngineDead
+from speechalign.errors import ConfigError, DataError, EngineDead
 from speechalign.generation.base import GenerationRequest, SamplingParams
 from speechalign.generation.hf import TransformersEngine
 from speechalign.policy.ar import load_ar
@@ -38,6 +40,7 @@ from tests.serving_stack import AUTHORISED, KEY, LINE, build_service, client_of,
 
 SPEECH = "/v1/audio/speech"
 VOICES = "/v1/audio/voices"
+ASSETS_AR = Path("speechalign/assets/ar")
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +279,8 @@ def refused(answer: Any) -> tuple[int, str | None, str | None]:
         ({"stream_format": "json"}, (400, "stream_format", "invalid_value")),
         ({"n_best": 0}, (400, "n_best", "invalid_value")),
         ({"n_best": 2}, (400, "n_best", "no_reward_model")),
+        ({"input": "7" * 37}, (400, "input", "unspeakable_text")),
+        ({"input": "987654321 " * 11}, (400, "input", "input_too_long")),
         ({"seed": -1}, (400, "seed", "invalid_value")),
         ({"pitch": 1}, (400, "pitch", "invalid_value")),
     ],
@@ -389,6 +394,65 @@ def test_an_endpoint_that_ends_lets_nobody_in_and_waits_for_open_streams(tmp_pat
     assert answer.headers["Retry-After"] == "2"
 
 
+def a_speaker(path: str = "speechalign/assets/ar") -> PolicySpeaker:
+    speaker = PolicySpeaker(serving_config(Path("unused")))
+    asyncio.run(speaker.reconfigure({"path": path}))
+    return speaker
+
+
+def another_policy(folder: Path, **changes: Any) -> Path:
+    """Write the embedded policy's folder with other facts or another model's config."""
+    with committed_folder(folder, manifest_facts(ASSETS_AR) | {"policy_version": 1}) as partial:
+        for file in ("config.json", "vocabulary.json", "model.safetensors"):
+            shutil.copy(ASSETS_AR / file, partial / file)
+        values = json.loads((partial / "config.json").read_text()) | changes
+        (partial / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 5}, None], ids=["layers", "nowhere"])
+def test_a_policy_that_cannot_take_the_place_is_refused_and_the_old_one_speaks(
+    tmp_path: Path, changes: dict[str, Any] | None
+):
+    speaker = a_speaker()
+    path = tmp_path / "next"
+    if changes is not None:
+        another_policy(path, **changes)
+    asyncio.run(speaker.reconfigure({"path": str(path)}))
+    facts = asyncio.run(speaker.facts())
+    assert facts["version"] == 0
+    assert f"{path} was refused" in facts["refused"]
+    asyncio.run(speaker.reconfigure({"path": str(another_policy(tmp_path / "good"))}))
+    facts = asyncio.run(speaker.facts())
+    assert (facts["version"], facts["refused"]) == (1, "")
+    speaker.check_health()
+
+
+def test_who_asked_for_a_version_hears_no_other(tmp_path: Path, service: SpeechService):
+    voice = service.voices.find("alloy")
+    assert voice is not None
+    asks = [
+        Ask(
+            phonemes=TextFrontend().phonemize("Hello there."),
+            voice_codes_KT=voice.codes_KT,
+            codec_fingerprint=voice.codec_fingerprint,
+            seed=1,
+            version=version,
+        )
+        for version in (0, None)
+    ]
+    speaker = a_speaker()
+
+    async def num_frames(ask: Ask) -> int:
+        return sum([spoken.codes_kT.shape[1] async for spoken in speaker.speak(ask)])
+
+    assert asyncio.run(num_frames(asks[0])) > 0
+    asyncio.run(speaker.reconfigure({"path": str(another_policy(tmp_path / "next"))}))
+    assert asyncio.run(num_frames(asks[1])) > 0
+    with pytest.raises(ConfigError, match="version 0 was asked for"):
+        asyncio.run(num_frames(asks[0]))
+
+
 def test_models_and_voices_are_listed(client: TestClient):
     models = client.get("/v1/models").json()
     assert models["object"] == "list"
@@ -457,6 +521,35 @@ def test_an_uploaded_voice_can_be_spoken_with_and_deleted(client: TestClient):
     assert client.delete(f"{VOICES}/tone").json()["deleted"] is True
     assert refused(client.delete(f"{VOICES}/tone")) == (404, "voice", "unknown_voice")
     assert refused(client.post(SPEECH, json=LINE | {"voice": "tone"}))[0] == 400
+
+
+def test_the_faster_of_two_uploads_of_one_name_is_kept(service: SpeechService):
+    codes_KT = np.zeros((8, 120), np.int16)
+    service.voices.store("twice", codes_KT, "f")
+    with pytest.raises(ConfigError, match="'twice' already"):
+        service.voices.store("twice", codes_KT + 1, "f")
+    voice = service.voices.find("twice")
+    assert voice is not None
+    assert not voice.codes_KT.any()
+    (service.config.voices.uploads or Path()).joinpath("twice", "codes.npy").write_bytes(b"")
+    assert service.voices.listed()["twice"] == voice.created  # a broken one breaks no list
+    assert service.voices.delete("twice")
+    assert "twice" not in service.voices.listed()
+
+
+def test_what_is_wrong_with_a_clip_is_told_without_the_traceback_of_another_process(
+    service: SpeechService, monkeypatch: pytest.MonkeyPatch
+):
+    class FromAfar(DataError):
+        cause = DataError("the clip is silence")
+
+    class Renderer:
+        async def encode(self, clip: bytes) -> None:
+            raise FromAfar("Traceback (most recent call last): ...")
+
+    monkeypatch.setattr(service, "_renderer", Renderer())
+    with pytest.raises(Problem, match=r"^the clip is silence$"):
+        asyncio.run(service.upload("afar", b""))
 
 
 def bomb() -> bytes:
