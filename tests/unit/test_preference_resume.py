@@ -15,6 +15,7 @@ from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.errors import Stopped
 from speechalign.policy.ar import load_ar
 from speechalign.rows import pairs_to_table
+from speechalign.training import preference
 from speechalign.training.metrics import MetricsWriter, read_metrics
 from speechalign.training.preference import PAIRS, TrainingPaths, preference_worker
 from speechalign.training.stopping import STOP_REQUEST
@@ -124,6 +125,20 @@ def test_a_killed_training_ends_like_one_that_was_left_alone(
     assert_equal(killed, whole)
     left = {path.name for path in killed.paths.work.iterdir()}
     assert left & {"best", "checkpoint", ".checkpoint.former"} == set()
+
+
+def test_the_driver_makes_all_that_ranks_would_write_to_one_folder(
+    stack: TinyStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    training = Training(stack, tmp_path, loss={"variant": "kto"})
+    made: list[str] = []
+
+    def workers(*settings: object) -> None:
+        made.extend(sorted(path.name for path in training.paths.work.glob("reference*")))
+
+    monkeypatch.setattr(preference, "run_workers", workers)
+    preference.train_on_pairs(training.config, training.paths)
+    assert made == ["reference", "reference-mismatched"]
 
 
 def test_a_training_that_is_asked_to_stop_saves_after_the_update_at_hand(

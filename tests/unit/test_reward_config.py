@@ -101,3 +101,13 @@ def test_only_a_judge_that_listens_has_anything_rendered(judges: list[Any], stag
     recipe = a_recipe(judges, [], pairing={"kinds": ["golden"]})
     found = judging_stages(recipe, Path("policy"), recipe.judges)
     assert [stage.name for stage in found] == stages
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "online_dpo"])
+def test_a_reward_whose_mean_is_0_for_every_policy_chooses_no_version(method: str):
+    changes = {"sampling": {"samples_per_prompt": 4}, "training": {"method": method}}
+    terms = [{"measure": "mine", "weight": 1.0}]
+    with pytest.raises(ValueError, match="normalise: group makes 0"):
+        AlignConfig.model_validate(
+            PATHS | {"judges": [TOKENS], "reward": {"terms": terms, "normalise": "group"}} | changes
+        )
