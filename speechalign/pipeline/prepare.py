@@ -20,8 +20,10 @@ from speechalign.audio.decode import read_speech
 from speechalign.audio.manifest import Recording, read_recordings, split_of
 from speechalign.codec.build import build_codec
 from speechalign.config.codec import CodecConfig
+from speechalign.config.load import config_hash
 from speechalign.config.prepare import AudioLimits, PrepareConfig
-from speechalign.errors import DataError
+from speechalign.config.sampling import PoolConfig
+from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.text import TextFrontend
 from speechalign.rows import GOLDEN, QUARANTINE, Row
@@ -29,6 +31,7 @@ from speechalign.sampling.pipeline import placed
 
 logger = logging.getLogger(__name__)
 
+MADE_BY = "config_hash"
 GOLDEN_FILE, QUARANTINE_FILE = "golden.parquet", "quarantine.parquet"
 ERROR = "error"
 PREPARED = pa.schema([*GOLDEN, pa.field(ERROR, pa.string(), nullable=False)])
@@ -68,18 +71,27 @@ def run_prepare(config: PrepareConfig) -> str:
     """Write the golden tokens of a corpus; return what came of it, in words.
 
     Raises:
-        ConfigError: the input cannot be read, or the output is something else.
+        ConfigError: the input cannot be read, or the output is something else, perhaps of other
+            settings.
         DataError: not one recording was usable; the reasons are in the message.
     """
     if not is_committed(config.output):
         refuse_foreign(config.output)
         recordings = read_recordings(config.input)
-        facts: dict[str, Any] = {"kind": "golden"}
+        facts: dict[str, Any] = {"kind": "golden", MADE_BY: _made_by(config)}
         with connected(), committed_folder(config.output, facts) as partial:
             prepared = _encode_all(config, recordings)
             facts |= _write(prepared, partial)
-    verify_folder(config.output)
+    if verify_folder(config.output).get(MADE_BY) != _made_by(config):
+        raise ConfigError(
+            f"{config.output} was made of another input or with other settings; name another "
+            "output, or remove it"
+        )
     return _in_words(config.output)
+
+
+def _made_by(config: PrepareConfig) -> str:
+    return config_hash(config.model_copy(update={"output": Path(), "pool": PoolConfig()}))
 
 
 def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:

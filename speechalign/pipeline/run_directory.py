@@ -132,6 +132,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _held(lock: Path) -> Iterator[None]:
     owner = {
         "host": socket.gethostname(),
+        "processes": _processes(),
         "pid": os.getpid(),
         "job_id": os.environ.get("RAY_JOB_ID", ""),
     }
@@ -170,7 +171,7 @@ def _refuse_if_alive(lock: Path) -> None:
         age_s = time.time() - lock.stat().st_mtime
     except (ValueError, FileNotFoundError):  # a run that died while it wrote, or that just ended
         return
-    if owner["host"] == socket.gethostname():
+    if owner.get("processes") == _processes():
         is_alive = _is_running(owner["pid"])
     else:
         is_alive = age_s < STALE_AFTER_S
@@ -179,6 +180,15 @@ def _refuse_if_alive(lock: Path) -> None:
             f"{lock.parent} is held by process {owner['pid']} on {owner['host']} "
             f"(heartbeat {age_s:.0f} s ago); wait for it, stop it, or choose another run_dir"
         )
+
+
+def _processes() -> str:
+    """Name the set of processes that a pid is one of.
+
+    A host's name does not: it stays after a reboot, and containers may share it.
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot_id}/{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _is_running(pid: int) -> bool:

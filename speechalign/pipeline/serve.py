@@ -151,7 +151,7 @@ def policies_of(path: Path) -> dict[str, Path]:
     """Return the policies to serve of a policy's folder or a run.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or the run's best policy is gone.
     """
     if is_committed(path) and manifest_facts(path).get("kind") == "ar":
         return {"policy": path}
@@ -162,7 +162,10 @@ def policies_of(path: Path) -> dict[str, Path]:
             for number in range(1, recipe.pipeline.iterations + 1)
         ]
         if is_committed(path / "best"):
-            finished.append(path / manifest_facts(path / "best")["policy"])
+            best = manifest_facts(path / "best")
+            finished = [path / best["policy"] if best["iteration"] else recipe.policy]
+            if not is_committed(finished[0]):
+                raise ConfigError(f"{path} names {finished[0]} as its best policy, which is gone")
         aligned = [one for one in finished if is_committed(one)]
         if aligned:
             return {"base": recipe.policy, "aligned": aligned[-1]}

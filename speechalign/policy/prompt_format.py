@@ -79,8 +79,13 @@ def asked_prompt(
 
 def with_feedback(prompt_token_ids: Sequence[int], *, is_good: bool) -> tuple[int, ...]:
     """Return a prompt that says how good its answer is; what it said before is dropped."""
-    bare = prompt_token_ids[1:] if prompt_token_ids[0] in (GOOD_ID, BAD_ID) else prompt_token_ids
-    return (GOOD_ID if is_good else BAD_ID, *bare)
+    return (GOOD_ID if is_good else BAD_ID, *without_feedback(prompt_token_ids))
+
+
+def without_feedback(prompt_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Return a prompt that says nothing of its answer."""
+    says = prompt_token_ids[0] in (GOOD_ID, BAD_ID)
+    return tuple(prompt_token_ids[1:] if says else prompt_token_ids)
 
 
 def answer_token_ids(vocabulary: Vocabulary, codes_KT: NDArray[np.integer]) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from speechalign.errors import ConfigError
 from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.logprobs import answer_logprobs, token_entropies
+from speechalign.policy.prompt_format import without_feedback
 from speechalign.policy.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -91,9 +92,13 @@ class LoadedRewardModel:
 
     @torch.no_grad()
     def rewards(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """Return the reward of each (prompt, answer)."""
+        """Return the reward of each (prompt, answer).
+
+        What a prompt says of its answer (chain of hindsight) is not read: it was never learned.
+        """
         device = next(self.model.parameters()).device
-        return self.model(collate_answers(rows).to(device)).tolist()
+        bare = [(without_feedback(prompt), answer) for prompt, answer in rows]
+        return self.model(collate_answers(bare).to(device)).tolist()
 
 
 def save_reward_model(

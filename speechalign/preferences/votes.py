@@ -51,14 +51,18 @@ def pairs_of_votes(
             continue
         low, high = sorted((vote.chosen, vote.rejected))
         ballots.setdefault((vote.prompt_id, low, high), Counter())[vote.chosen] += 1
-    pairs = [
-        _pair(prompt_id, low, high, ballot, samples)
-        for (prompt_id, low, high), ballot in ballots.items()
-        if ballot[low] != ballot[high]
-    ]
-    return Voted(
-        pairs=tuple(pairs), num_ties=len(ballots) - len(pairs), quarantine=tuple(quarantine)
-    )
+    pairs: list[PreferencePair] = []
+    num_ties = 0
+    for (prompt_id, low, high), ballot in ballots.items():
+        best = low if ballot[low] > ballot[high] else high
+        if ballot[low] == ballot[high]:
+            num_ties += 1
+        elif samples[prompt_id, best].is_truncated:
+            reason = f"sample {prompt_id}/{best} won, but is truncated, and never chosen"
+            quarantine.append((f"{prompt_id}/{low}-{high}", reason))
+        else:
+            pairs.append(_pair(prompt_id, low, high, ballot, samples))
+    return Voted(pairs=tuple(pairs), num_ties=num_ties, quarantine=tuple(quarantine))
 
 
 def _why_not(vote: ListenerVote, samples: Mapping[tuple[str, int], Sample]) -> str:
@@ -66,8 +70,6 @@ def _why_not(vote: ListenerVote, samples: Mapping[tuple[str, int], Sample]) -> s
         if (vote.prompt_id, index) not in samples:
             return f"there is no sample {vote.prompt_id}/{index}"
     chosen, rejected = (samples[vote.prompt_id, i] for i in (vote.chosen, vote.rejected))
-    if chosen.is_truncated:
-        return f"sample {vote.prompt_id}/{vote.chosen} is truncated, and never chosen"
     if not (chosen.token_ids and rejected.token_ids):
         return "one of the samples is empty"
     if chosen.token_ids == rejected.token_ids:

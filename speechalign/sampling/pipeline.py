@@ -32,7 +32,7 @@ from speechalign.config.sampling import (
     RenderingConfig,
     SamplingConfig,
 )
-from speechalign.errors import ConfigError, DataError, SpeechalignError
+from speechalign.errors import BudgetExceeded, ConfigError, DataError, SpeechalignError
 from speechalign.rows import NOT_RENDERED, QUARANTINE
 from speechalign.sampling.actor_face import ActorFace
 from speechalign.sampling.rollouts import RolloutStage, Sampler
@@ -41,6 +41,8 @@ from speechalign.sampling.stages import RenderStage, SampleStage
 LOGGER = logging.getLogger(__name__)
 SCORED = "scored.parquet"
 QUARANTINED = "quarantine.parquet"
+MAX_NOT_RENDERED = 0.05
+"""A share of the answers; long ones fail first, and the others alone would flatter a policy."""
 AUDIO_COLUMNS = ("waveform_pcm", "reference_pcm")
 SECONDS = "_seconds"
 """A stage adds a column NAME_seconds: its share of the actor's time."""
@@ -209,6 +211,7 @@ def sample_and_judge(
     Raises:
         ConfigError: the cluster is too small for the pools.
         DataError: no row is left.
+        BudgetExceeded: too many rows could not be rendered.
     """
     started = time.perf_counter()
     facts: dict[str, Any] = {"kind": "scored"}
@@ -218,6 +221,7 @@ def sample_and_judge(
         batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         with _errors_of_actors():
             _write(map(tally.admit, batches), partial / SCORED, keep_audio=keep_audio)
+        tally.check_rendered()
         dropped = pa.Table.from_pylist(tally.dropped, schema=QUARANTINE)
         pq.write_table(dropped, partial / QUARANTINED)
         if not tally.counts["rows"]:
@@ -255,6 +259,16 @@ class _Tally:
         self.counts["truncated"] += _sum(batch["is_truncated"])
         self.counts["tokens"] += _sum(pc.list_value_length(batch["token_ids"]))
         return batch
+
+    def check_rendered(self) -> None:
+        """Refuse a result that says nothing of the answers that could not be heard."""
+        lost = [row for row in self.dropped if row["stage"] == "render"]
+        total = len(lost) + self.counts["rows"]
+        if self.counts["rows"] and len(lost) > MAX_NOT_RENDERED * total:
+            raise BudgetExceeded(
+                f"{len(lost)} of {total} answers could not be rendered, "
+                f"{MAX_NOT_RENDERED:.0%} may be; the first reason: {lost[0]['reason']}"
+            )
 
     def _hold_back(self, batch: pa.Table) -> pa.Table:
         is_failed = pc.starts_with(batch["judge_errors"], NOT_RENDERED)

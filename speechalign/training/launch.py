@@ -72,7 +72,11 @@ def run_workers(
         run_config=RunConfig(
             name="ray-train",
             storage_path=str(storage.resolve()),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                # A dataset would begin again with its first block: who planned it plans anew.
+                max_preemption_failures=0 if datasets else -1,
+            ),
         ),
     )
     stops = saved_when_stopped(storage.parent / STOP_REQUEST)

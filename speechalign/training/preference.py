@@ -282,7 +282,8 @@ class _PreferenceTrainer:
         }
         loaded = load_ar(kept)
         save_ar(self._paths.output, loaded.model, loaded.vocabulary, facts)
-        shutil.rmtree(kept.parent)
+        # Its weights may be mapped from these files still, which NFS then does not let go of.
+        shutil.rmtree(kept.parent, ignore_errors=True)
         shutil.rmtree(self._paths.checkpoint, ignore_errors=True)  # a short training has none
 
     def _check_step0(self, start: Look) -> None:

@@ -24,6 +24,7 @@ from speechalign.config.training import RewardModelConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import load_ar
+from speechalign.policy.prompt_format import without_feedback
 from speechalign.policy.reward_model import RewardModel, save_reward_model
 from speechalign.training.batches import BatchPlan
 from speechalign.training.preference import read_pairs, split_pairs
@@ -118,7 +119,9 @@ def batched_rewards(model: nn.Module, pairs: Sequence[PreferencePair]) -> tuple[
 
 def pair_rewards(model: nn.Module, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
     """Return the rewards of the chosen answers and of the rejected ones, each (B,)."""
-    rows = [(p.prompt_token_ids, p.chosen_token_ids) for p in pairs]
-    rows += [(p.prompt_token_ids, p.rejected_token_ids) for p in pairs]
+    prompts = [without_feedback(pair.prompt_token_ids) for pair in pairs]
+    answers = [pair.chosen_token_ids for pair in pairs]
+    answers += [pair.rejected_token_ids for pair in pairs]
+    rows = list(zip(prompts * 2, answers, strict=True))
     rewards = model(collate_answers(rows).to(next(model.parameters()).device))
     return rewards[: len(pairs)], rewards[len(pairs) :]

@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 from speechalign.config.prepare import PrepareConfig
-from speechalign.errors import DataError
+from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.prepare import run_prepare
 from speechalign.rows import GOLDEN, QUARANTINE
 
@@ -84,6 +84,8 @@ def test_good_rows_become_tokens_and_bad_rows_keep_their_reason(tmp_path: Path):
     assert "6 recordings left out" in words
 
     assert run_prepare(config) == words
+    with pytest.raises(ConfigError, match="another input or with other settings"):
+        run_prepare(config.model_copy(update={"heldout_share": 0.5}))
 
 
 def test_a_corpus_without_one_good_recording_is_an_error_and_leaves_nothing(tmp_path: Path):

@@ -33,6 +33,7 @@ def test_texts_are_compared_as_words():
     assert (
         normalise("The TWENTY-one  dogs, didn\u2019t sleep!") == "the twenty one dogs didn't sleep"
     )
+    assert normalise("'Mr. Fox' had 1,000 of the dogs\u2019") == "mister fox had 1000 of the dogs"
     assert normalise("7 apples and 42 pears, 365 days") == (
         "seven apples and forty two pears 365 days"
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from speechalign.config.judges import RecogniserConfig
+from speechalign.judges import whisper
 from speechalign.judges.whisper import FLOOR_LOGPROB, Whisper, mean_logprob, sentence_case
 from speechalign.types import Clip, Unmeasured
 
@@ -58,6 +59,17 @@ def test_the_text_that_was_said_is_likelier_than_another_and_silence_is_the_floo
     assert float(first["reward_text_logprob"]) > -0.5
     assert float(second["reward_text_logprob"]) < -3
     assert third["reward_text_logprob"] == FLOOR_LOGPROB
+
+
+def test_a_transcript_that_loops_is_heard_again_and_then_counts_as_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    judge = Whisper(RecogniserConfig(model="tiny.en", role="eval"))
+    said = speech("The dog slept in the garden.")
+    monkeypatch.setattr(whisper, "TOKENS_PER_S", 0)
+    monkeypatch.setattr(whisper, "SPARE_TOKENS", 3)
+    (heard,) = judge.listen([said])
+    assert (heard.loops, heard.transcript) == (True, "")
 
 
 def test_without_a_transcript_the_log_prob_is_nearly_the_same_in_a_shorter_window():

@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -69,8 +68,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path):
-    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "job_id": ""}
-    (tmp_path / "lock").write_text(json.dumps(dead))
+    with open_run(tmp_path, Told()):
+        mine = json.loads((tmp_path / "lock").read_text())
+    (tmp_path / "lock").write_text(json.dumps(mine | {"pid": 2**22 + 1}))
     with open_run(tmp_path, Told()):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock").exists()
@@ -85,6 +85,18 @@ def test_the_fresh_lock_of_another_host_is_respected(tmp_path: Path):
 def test_the_silent_lock_of_another_host_is_taken_over(tmp_path: Path):
     lock = tmp_path / "lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job_id": ""}))
+    os.utime(lock, (0, 0))
+    with open_run(tmp_path, Told()):
+        pass
+
+
+def test_after_a_reboot_a_process_of_the_same_number_does_not_hold_the_lock(tmp_path: Path):
+    lock = tmp_path / "lock"
+    with open_run(tmp_path, Told()):
+        before = json.loads(lock.read_text()) | {"processes": "another boot"}
+    lock.write_text(json.dumps(before))
+    with pytest.raises(RunLocked), open_run(tmp_path, Told()):  # or in another container
+        pass
     os.utime(lock, (0, 0))
     with open_run(tmp_path, Told()):
         pass

@@ -51,9 +51,15 @@ def test_a_policy_is_served_alone_and_a_run_beside_its_start(tmp_path: Path):
         with committed_folder(tmp_path / f"iteration-{number}" / "policy", {"kind": "ar"}):
             pass
     assert policies_of(tmp_path) == {"base": BASE, "aligned": tmp_path / "iteration-2" / "policy"}
-    with committed_folder(tmp_path / "best", {"policy": "iteration-1/policy"}):
+    first = tmp_path / "iteration-1" / "policy"
+    for iteration, policy, aligned in ((1, "iteration-1/policy", first), (0, "/gone", BASE)):
+        with committed_folder(tmp_path / "best", {"iteration": iteration, "policy": policy}):
+            pass
+        assert policies_of(tmp_path)["aligned"] == aligned
+    with committed_folder(tmp_path / "best", {"iteration": 2, "policy": "/gone"}):
         pass
-    assert policies_of(tmp_path)["aligned"] == tmp_path / "iteration-1" / "policy"
+    with pytest.raises(ConfigError, match="/gone as its best policy, which is gone"):
+        policies_of(tmp_path)
 
 
 def test_parts_of_another_codec_and_missing_parts_are_refused(tmp_path: Path):

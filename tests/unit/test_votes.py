@@ -55,14 +55,16 @@ def test_a_tie_teaches_nothing_and_is_counted():
 
 def test_what_cannot_be_compared_goes_to_quarantine_with_its_reason():
     heard = samples((8, 1), (8, 1), (), (9,), cut=3)
-    voted = pairs_of_votes(votes((0, 7), (0, 1), (0, 2), (3, 0), (0, 3)), heard)
+    voted = pairs_of_votes(votes((0, 7), (0, 1), (0, 2), (3, 0), (3, 0), (0, 3)), heard)
     assert dict(voted.quarantine) == {
         "f:1": "there is no sample p0/7",
         "f:2": "both samples are the same tokens",
         "f:3": "one of the samples is empty",
-        "f:4": "sample p0/3 is truncated, and never chosen",
+        "p0/0-3": "sample p0/3 won, but is truncated, and never chosen",
     }
-    assert len(voted.pairs) == 1  # a truncated one may be rejected
+    assert voted.pairs == ()  # a minority decides nothing
+    (pair,) = pairs_of_votes(votes((0, 3)), heard).pairs
+    assert pair.rejected_token_ids == (9,)  # a truncated one may be rejected
 
 
 def a_scored_folder(folder: Path) -> Path:
