@@ -19,7 +19,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from speechalign.artifacts import is_committed, verify_folder, write_json_atomically
+from speechalign.artifacts import (
+    MANIFEST,
+    is_committed,
+    verify_folder,
+    write_json_atomically,
+)
 from speechalign.config.load import config_hash, dump_yaml
 from speechalign.errors import ConfigError, DataError, RunLocked
 
@@ -97,7 +102,8 @@ def open_run(path: Path, config: BaseModel) -> Iterator[RunDirectory]:
 
 def _record_config(path: Path, config: BaseModel) -> None:
     resolved = dump_yaml(config)
-    if not path.exists():
+    # A config with which nothing was ever made may be mended.
+    if not path.exists() or not any(path.parent.rglob(MANIFEST)):
         partial = path.with_name(".config.yaml.partial")
         partial.write_text(resolved)
         partial.replace(path)

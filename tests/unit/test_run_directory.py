@@ -103,11 +103,18 @@ def test_after_a_reboot_a_process_of_the_same_number_does_not_hold_the_lock(tmp_
 
 
 def test_another_config_is_refused_with_what_changed(tmp_path: Path):
-    with open_run(tmp_path, Told()):
-        pass
+    with open_run(tmp_path, Told()) as run:
+        run.stage("pairs", write_number)
     refused = pytest.raises(ConfigError, match=r"beta: was 0\.1, now 0\.2")
     with refused, open_run(tmp_path, Told(beta=0.2)):
         pass
+
+
+def test_a_config_with_which_nothing_was_made_may_be_mended(tmp_path: Path):
+    for beta in (0.1, 0.2):
+        with open_run(tmp_path, Told(beta=beta)):
+            pass
+    assert "beta: 0.2" in (tmp_path / "config.yaml").read_text()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
