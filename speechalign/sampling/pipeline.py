@@ -221,7 +221,7 @@ def sample_and_judge(
         batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         with _errors_of_actors():
             _write(map(tally.admit, batches), partial / SCORED, keep_audio=keep_audio)
-        tally.check_rendered()
+        check_rendered(tally.dropped, tally.counts["rows"])
         dropped = pa.Table.from_pylist(tally.dropped, schema=QUARANTINE)
         pq.write_table(dropped, partial / QUARANTINED)
         if not tally.counts["rows"]:
@@ -230,6 +230,25 @@ def sample_and_judge(
         facts |= tally.facts(stages) | {"wall_seconds": time.perf_counter() - started}
     LOGGER.info("%s: %s", folder.name, time_split(facts))
     return facts
+
+
+def check_rendered(dropped: Sequence[Mapping[str, str]], num_heard: int) -> None:
+    """Refuse a result that says nothing of the answers that could not be heard.
+
+    Args:
+        dropped: rows.QUARANTINE.
+        num_heard: how many answers are left.
+
+    Raises:
+        BudgetExceeded: too many were lost; where none is left, that is said elsewhere.
+    """
+    lost = [row for row in dropped if row["stage"] == "render"]
+    total = len(lost) + num_heard
+    if num_heard and len(lost) > MAX_NOT_RENDERED * total:
+        raise BudgetExceeded(
+            f"{len(lost)} of {total} answers could not be rendered, {MAX_NOT_RENDERED:.0%} may be; "
+            f"the first reason: {lost[0]['reason']}"
+        )
 
 
 def time_split(facts: Mapping[str, Any]) -> str:
@@ -259,16 +278,6 @@ class _Tally:
         self.counts["truncated"] += _sum(batch["is_truncated"])
         self.counts["tokens"] += _sum(pc.list_value_length(batch["token_ids"]))
         return batch
-
-    def check_rendered(self) -> None:
-        """Refuse a result that says nothing of the answers that could not be heard."""
-        lost = [row for row in self.dropped if row["stage"] == "render"]
-        total = len(lost) + self.counts["rows"]
-        if self.counts["rows"] and len(lost) > MAX_NOT_RENDERED * total:
-            raise BudgetExceeded(
-                f"{len(lost)} of {total} answers could not be rendered, "
-                f"{MAX_NOT_RENDERED:.0%} may be; the first reason: {lost[0]['reason']}"
-            )
 
     def _hold_back(self, batch: pa.Table) -> pa.Table:
         is_failed = pc.starts_with(batch["judge_errors"], NOT_RENDERED)

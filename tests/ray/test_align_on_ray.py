@@ -71,6 +71,10 @@ def test_more_workers_than_the_machine_has_are_refused_before_anything_is_sample
     training = config.training.model_copy(update={"workers": workers})
     with pytest.raises(ConfigError, match="training wants 500 CPUs for 500 workers"):
         run_align(config.model_copy(update={"training": training}))
+    on_gpus = config.training.workers.model_copy(update={"gpus_per_worker": 1.0})
+    training = config.training.model_copy(update={"workers": on_gpus})
+    with pytest.raises(ConfigError, match="training wants 2 GPUs for 2 workers"):
+        run_align(config.model_copy(update={"training": training}))
     assert not (config.run_dir / "prompts").exists()
 
 

@@ -111,3 +111,12 @@ def test_a_reward_whose_mean_is_0_for_every_policy_chooses_no_version(method: st
         AlignConfig.model_validate(
             PATHS | {"judges": [TOKENS], "reward": {"terms": terms, "normalise": "group"}} | changes
         )
+
+
+@pytest.mark.parametrize(("place", "role"), [("judges", "eval"), ("evaluation", "reward")])
+def test_a_recogniser_has_the_role_of_its_place(place: str, role: str):
+    judges = [{"kind": "recogniser", "model": "tiny.en", "role": role}]
+    changes = {"judges": judges} if place == "judges" else {"evaluation": {"judges": judges}}
+    golden = {"judges": [], "pairing": {"kinds": ["golden"]}}
+    with pytest.raises(ValueError, match="needs role"):
+        AlignConfig.model_validate(PATHS | golden | changes)

@@ -12,6 +12,7 @@ from speechalign.errors import ConfigError, CorruptArtifact, DataError
 from speechalign.evaluation.reward_model import calibration_points
 from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import build_ar, save_ar
+from speechalign.policy.prompt_format import with_feedback
 from speechalign.policy.reward_model import RewardModel, load_reward_model, save_reward_model
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
@@ -42,6 +43,16 @@ def test_the_reward_of_an_answer_does_not_depend_on_its_padding():
     model = a_model()
     alone, beside = reward(model, ANSWER)[0], reward(model, ANSWER, (*ANSWER[:2],) * 4)[0]
     assert beside == pytest.approx(alone, abs=1e-6)
+
+
+def test_what_a_prompt_says_of_its_answer_is_not_read(tmp_path: Path):
+    loaded = load_reward_model(saved(tmp_path))
+    told = tuple(with_feedback(PROMPT, is_good=True))
+    assert loaded.rewards([(told, ANSWER)]) == loaded.rewards([(PROMPT, ANSWER)])
+    bare, good = (
+        pair_rewards(loaded.model, [a_pair(prompt)])[0].tolist() for prompt in (PROMPT, told)
+    )
+    assert bare == good
 
 
 def test_every_token_of_the_answer_counts_the_last_too():
@@ -77,21 +88,24 @@ def test_an_answer_of_one_token_has_a_reward_and_a_gradient():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_rewards_of_pairs_are_those_of_their_sides():
-    pair = PreferencePair(
+def a_pair(prompt: tuple[int, ...]) -> PreferencePair:
+    return PreferencePair(
         pair_id="p",
         kind=PairKind.GOLDEN,
         prompt_id="p",
         policy_version=0,
         codec_fingerprint="f",
-        prompt_token_ids=PROMPT,
+        prompt_token_ids=prompt,
         chosen_token_ids=ANSWER,
         rejected_token_ids=(11, 1),
         margin=1.0,
     )
+
+
+def test_rewards_of_pairs_are_those_of_their_sides():
     model = a_model()
     with torch.no_grad():
-        sides = [float(side) for side in pair_rewards(model, [pair])]
+        sides = [float(side) for side in pair_rewards(model, [a_pair(PROMPT)])]
     assert sides == pytest.approx(reward(model, ANSWER, (11, 1)), abs=1e-6)
 
 

@@ -9,11 +9,12 @@ import torch
 
 from speechalign.config.policy import ArConfig
 from speechalign.config.sampling import SamplingConfig, TransformersConfig
-from speechalign.errors import DataError
+from speechalign.errors import BudgetExceeded, DataError
 from speechalign.pipeline.sample import training_prompts, write_prompts
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.vocabulary import GOOD_ID, Vocabulary
 from speechalign.rows import prompts_to_table
+from speechalign.sampling.pipeline import check_rendered
 from speechalign.sampling.stages import SampleStage
 from speechalign.types import Prompt
 from tests.tiny_stack import build_tiny_stack, tiny_recipe
@@ -105,3 +106,12 @@ def test_too_few_recordings_for_fresh_prompts_say_how_to_do_with_fewer(tmp_path:
     config = tiny_recipe(stack, tmp_path / "run", pipeline={"iterations": 3})
     with pytest.raises(DataError, match="3 iterations want 12 other prompts each"):
         write_prompts(config, config.run_dir / "prompts")
+
+
+def test_answers_that_cannot_be_rendered_have_a_budget():
+    lost = {"stage": "render", "row_id": "p/0", "reason": "rendering: out of memory"}
+    prompt = {"stage": "prompts", "row_id": "q", "reason": "too long"}
+    check_rendered([lost, prompt, prompt], 19)
+    check_rendered([lost], 0)  # nothing is left, which another error says
+    with pytest.raises(BudgetExceeded, match=r"2 of 21 answers .* out of memory"):
+        check_rendered([lost, lost], 19)
