@@ -168,6 +168,10 @@ class RewardTermConfig(Config):
     """Smaller values (distances, where there is a target) count as this."""
     highest: FiniteFloat | None = None
     """Larger values count as this: a word error rate above 1 is no worse than 1."""
+    when_silent: FiniteFloat | None = None
+    """What the measure of an answer without a sound is taken for, where its judge needs a voice to
+    measure (speaker, naturalness). Without it such an answer has no reward, and the worst that a
+    policy can say is never learned from."""
 
     @model_validator(mode="after")
     def _values_can_differ(self) -> "RewardTermConfig":

@@ -10,6 +10,8 @@ Judgement: TypeAlias = Mapping[str, float | str] | Unmeasured
 
 SHORTEST_CLIP_S = 0.1
 """Nothing shorter can be speech."""
+SILENT = "nothing is heard"
+"""In the reason for a missing measure: the policy said nothing, and the judge needs a voice."""
 
 
 class Judge(Protocol):

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from speechalign.config.judges import TRUNCATED, RewardConfig, RewardTermConfig
 from speechalign.errors import BudgetExceeded
+from speechalign.judges.base import SILENT
 from speechalign.rows import NOT_RENDERED, Row, score_from_cell
 from speechalign.types import Measured, Score, Unmeasured
 
@@ -39,6 +40,8 @@ def _term(rows: Sequence[Row], term: RewardTermConfig) -> list[Score]:
             score = Unmeasured(errors)
         elif term.measure == TRUNCATED:
             score = Measured(float(row["is_truncated"]))
+        elif term.when_silent is not None and row[term.measure] is None and SILENT in errors:
+            score = Measured(term.when_silent)
         else:
             score = score_from_cell(row[term.measure], errors)
         if isinstance(score, Unmeasured):

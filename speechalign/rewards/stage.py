@@ -7,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 from speechalign.config.judges import ListenerConfig
-from speechalign.judges.base import Judge
+from speechalign.judges.base import SILENT, Judge, Judgement, is_audible
 from speechalign.judges.build import build_judge
 from speechalign.rows import RENDERED, clip_from_row
-from speechalign.types import Unmeasured
+from speechalign.types import Clip, Unmeasured
 
 CLIP_COLUMNS = [
     "prompt_id",
@@ -27,7 +27,8 @@ class JudgeStage:
     """A plain class: tests call it directly, Ray Data makes actors of it.
 
     Each measure becomes a nullable float column, each remark one of text. A failed judgement is
-    null, and its reason is added to `judge_errors`. `<name>_seconds` is the row's share of the
+    null, and its reason is added to `judge_errors`, which says where there was nothing to hear (a
+    reward may have a value for that: `when_silent`). `<name>_seconds` is the row's share of the
     batch's time.
     """
 
@@ -38,17 +39,24 @@ class JudgeStage:
         """Judge one batch."""
         started_s = time.perf_counter()
         rows = batch.select(CLIP_COLUMNS).to_pylist()
-        judgements = self._judge.judge([clip_from_row(row) for row in rows])
+        clips = [clip_from_row(row) for row in rows]
+        judgements = self._judge.judge(clips)
         columns = dict.fromkeys(self._judge.measures, pa.float32())
         columns |= dict.fromkeys(self._judge.remarks, pa.string())
         for name, kind in columns.items():
             values = [None if isinstance(j, Unmeasured) else j[name] for j in judgements]
             batch = batch.append_column(name, pa.array(values, kind))
-        reasons = [j.reason if isinstance(j, Unmeasured) else "" for j in judgements]
+        reasons = [_reason(clip, one) for clip, one in zip(clips, judgements, strict=True)]
         batch = with_errors(batch, reasons)
         share_s = (time.perf_counter() - started_s) / max(1, len(rows))
         seconds = pa.array([share_s] * len(rows), pa.float32())
         return batch.append_column(f"{self._judge.name}_seconds", seconds)
+
+
+def _reason(clip: Clip, judgement: Judgement) -> str:
+    if not isinstance(judgement, Unmeasured):
+        return ""
+    return judgement.reason if is_audible(clip) else f"{judgement.reason} ({SILENT})"
 
 
 def with_errors(batch: pa.Table, reasons: Sequence[str]) -> pa.Table:

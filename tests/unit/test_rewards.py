@@ -5,7 +5,7 @@ import pytest
 
 from speechalign.config.judges import RewardConfig, RewardTermConfig, SignalConfig
 from speechalign.errors import BudgetExceeded
-from speechalign.judges.base import Judgement
+from speechalign.judges.base import SILENT, Judgement
 from speechalign.rewards.combine import best_of_groups, check_budget, rewards_of
 from speechalign.rewards.stage import JudgeStage
 from speechalign.rows import Row
@@ -35,6 +35,19 @@ def test_a_word_error_rate_above_one_counts_as_one():
 def test_without_one_of_its_terms_there_is_no_reward():
     row = a_row(wer=0.0, sim=None) | {"judge_errors": "too short"}
     assert rewards_of([row], CONFIG) == [Unmeasured("sim: too short")]
+
+
+def test_an_answer_that_says_nothing_may_have_a_worth_and_a_failed_judge_has_none():
+    term = RewardTermConfig(measure="sim", weight=2.0, when_silent=-1.0)
+    config = RewardConfig(terms=(term,))
+    silent = a_row(sim=None) | {"judge_errors": f"speaker: the clip is silent ({SILENT})"}
+    failed = a_row(sim=None) | {"judge_errors": "speaker: out of memory"}
+    heard = a_row(sim=0.5) | {"judge_errors": f"distillmos: too short ({SILENT})"}
+    expected = [Measured(-2.0), Unmeasured("sim: speaker: out of memory"), Measured(1.0)]
+    assert rewards_of([silent, failed, heard], config) == expected
+    assert rewards_of([silent], CONFIG.model_copy(update={"terms": CONFIG.terms[1:]})) == [
+        Unmeasured(f"sim: speaker: the clip is silent ({SILENT})")
+    ]
 
 
 def test_what_judges_say_of_a_row_that_was_not_rendered_is_no_reward():
@@ -142,8 +155,7 @@ class EveryOtherClip:
         ]
 
 
-def a_batch() -> pa.Table:
-    pcm = b"\xff\x7f" * 4
+def a_batch(pcm: bytes = b"\xff\x7f" * 2000) -> pa.Table:
     return pa.table(
         {
             "prompt_id": ["a", "b"],
@@ -163,4 +175,6 @@ def test_a_failed_judgement_is_a_null_beside_its_reason():
     assert judged["loudness"].to_pylist() == [1.0, None]
     assert judged["opinion"].to_pylist() == ["loud", None]
     assert judged["judge_errors"].to_pylist() == ["", "earlier: bad; odd"]
+    silent = JudgeStage(SignalConfig(), EveryOtherClip())(a_batch(b"\0" * 4000))
+    assert silent["judge_errors"].to_pylist() == ["", f"earlier: bad; odd ({SILENT})"]
     assert judged["fake_seconds"].null_count == 0
