@@ -19,7 +19,8 @@ demo: setup
 	$(BIN)/speechalign align $(DEMO) run_dir=$(RUN) $(OVERRIDES)
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/unit tests/contract
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/contract
 
 check: setup
 	$(BIN)/ruff check .

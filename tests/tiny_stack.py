@@ -33,16 +33,6 @@ class TinyStack:
     nar: Path
     golden: Path
 
-    @classmethod
-    def of(cls, folder: Path) -> "TinyStack":
-        """Return the stack that `build_tiny_stack` has written to a folder."""
-        return cls(
-            codec=folder / "codec",
-            ar=folder / "ar",
-            nar=folder / "nar",
-            golden=folder / "golden.parquet",
-        )
-
 
 def build_tiny_stack(folder: Path, *, num_clips: int = 48) -> TinyStack:
     """Write a codec, an AR model, a NAR model and golden tokens of one fingerprint."""
@@ -64,7 +54,12 @@ def build_tiny_stack(folder: Path, *, num_clips: int = 48) -> TinyStack:
     nar = NarModel(nar_config, num_codebooks=NUM_CODEBOOKS, codebook_size=CODEBOOK_SIZE)
     save_nar(folder / "nar", nar, {"codec_fingerprint": fingerprint})
     pq.write_table(_golden(num_clips, fingerprint), folder / "golden.parquet")
-    return TinyStack.of(folder)
+    return TinyStack(
+        codec=folder / "codec",
+        ar=folder / "ar",
+        nar=folder / "nar",
+        golden=folder / "golden.parquet",
+    )
 
 
 def tiny_recipe(stack: TinyStack, run_dir: Path, **changes: object) -> AlignConfig:

@@ -4,7 +4,6 @@ One Ray, one speech stack of random weights, and one finished run of two iterati
 wants a run in some state takes stages of the finished one (`start_from`) and runs the rest.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from speechalign.config.align import AlignConfig
 from speechalign.pipeline.align import run_align
@@ -53,30 +51,17 @@ def cluster(clusters: ExitStack) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all processes of a session of tests look (`pytest --numprocesses`)."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-@pytest.fixture(scope="session")
-def stack(shared: Path) -> TinyStack:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
     """A stack whose files nobody changes."""
-    folder, made = shared / "stack", shared / "stack.made"
-    with FileLock(shared / "stack.lock"):
-        stack = TinyStack.of(folder) if made.exists() else build_tiny_stack(folder, num_clips=96)
-        made.touch()
-    return stack
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"), num_clips=96)
 
 
 @pytest.fixture(scope="session")
-def finished(clusters: ExitStack, stack: TinyStack, shared: Path) -> FinishedRun:
+def finished(
+    clusters: ExitStack, stack: TinyStack, tmp_path_factory: pytest.TempPathFactory
+) -> FinishedRun:
     """Two iterations over the same prompts: the first is that of a run with one iteration."""
     pipeline = {"iterations": 2, "prompts": "same", "reference": "first"}
-    config = tiny_recipe(stack, shared / "finished" / "run", pipeline=pipeline)
-    said = shared / "finished.txt"
-    with FileLock(shared / "finished.lock"):
-        if not said.exists():
-            clusters.enter_context(connected())
-            said.write_text(run_align(config).text)
-    return FinishedRun(config=config, text=said.read_text())
+    config = tiny_recipe(stack, tmp_path_factory.mktemp("finished") / "run", pipeline=pipeline)
+    clusters.enter_context(connected())
+    return FinishedRun(config=config, text=run_align(config).text)

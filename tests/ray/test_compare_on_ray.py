@@ -91,5 +91,5 @@ def a_part_needs_no_reward_model(config: CompareConfig, elsewhere: Path) -> None
     (config.run_dir / "rm").rename(elsewhere / "rm")
     run_compare(config, only=["dpo"])
     part = json.loads((config.run_dir / "compare.json").read_text())
-    assert "duration_ratio" in part["rows"][1]["summary"]["estimates"]
+    assert "duration" in part["rows"][1]["summary"]["estimates"]
     assert part["rows"][1]["wins"] == {}
