@@ -20,7 +20,7 @@ import soundfile as sf
 
 from speechalign.config.judges import HttpJudgeConfig, PythonJudgeConfig, RewardConfig, listens
 from speechalign.errors import ConfigError, DataError
-from speechalign.judges.base import Judgement
+from speechalign.judges.base import SILENT, Judgement
 from speechalign.judges.http import HttpJudge
 from speechalign.judges.user_code import UserJudge, UserReward, load_user_class
 from speechalign.rewards.combine import check_budget, rewards_of
@@ -334,7 +334,7 @@ def test_a_server_that_fails_for_a_tenth_leaves_a_tenth_without_a_reward():
     terms = [{"measure": "remote", "weight": 2.0}]
     config = RewardConfig.model_validate({"terms": terms, "failure_budget": 0.1})
     found = rewards_of(rows, config)
-    missing = Unmeasured("remote: remote: it was not judged")
+    missing = Unmeasured(f"remote: remote: it was not judged ({SILENT})")
     assert found == [missing if i % 10 == 0 else Measured(1.0) for i in range(count)]
     assert check_budget(found, config) == 2
 
