@@ -182,7 +182,7 @@ class AnswerStreams:
                 self._step()
         except EngineDead as error:
             self._end(error)
-        except Exception as error:
+        except Exception as error:  # a thread that ends in silence leaves all waiting
             logger.exception("the engine's thread failed")
             self._end(EngineDead(f"the engine failed: {type(error).__name__}: {error}"))
         else:
