@@ -24,6 +24,7 @@ from speechalign.config.load import config_hash
 from speechalign.config.prepare import AudioLimits, PrepareConfig
 from speechalign.config.sampling import PoolConfig
 from speechalign.errors import ConfigError, DataError
+from speechalign.locks import held_output
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.text import TextFrontend
 from speechalign.rows import GOLDEN, QUARANTINE, Row
@@ -74,20 +75,26 @@ def run_prepare(config: PrepareConfig) -> str:
         ConfigError: the input cannot be read, or the output is something else, perhaps of other
             settings.
         DataError: not one recording was usable; the reasons are in the message.
+        RunLocked: another process writes there.
     """
-    if not is_committed(config.output):
-        refuse_foreign(config.output)
-        recordings = read_recordings(config.input)
-        facts: dict[str, Any] = {"kind": "golden", MADE_BY: _made_by(config)}
-        with connected(), committed_folder(config.output, facts) as partial:
-            prepared = _encode_all(config, recordings)
-            facts |= _write(prepared, partial)
+    with held_output(config.output):
+        if not is_committed(config.output):
+            _prepare(config)
     if verify_folder(config.output).get(MADE_BY) != _made_by(config):
         raise ConfigError(
             f"{config.output} was made of another input or with other settings; name another "
             "output, or remove it"
         )
     return _in_words(config.output)
+
+
+def _prepare(config: PrepareConfig) -> None:
+    refuse_foreign(config.output)
+    recordings = read_recordings(config.input)
+    facts: dict[str, Any] = {"kind": "golden", MADE_BY: _made_by(config)}
+    with connected(), committed_folder(config.output, facts) as partial:
+        prepared = _encode_all(config, recordings)
+        facts |= _write(prepared, partial)
 
 
 def _made_by(config: PrepareConfig) -> str:

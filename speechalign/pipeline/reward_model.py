@@ -25,6 +25,7 @@ def train_reward_model(config: RewardModelConfig) -> str:
     Raises:
         ConfigError: too few pairs, or no policy.
         DataError: the pairs are of another codec.
+        RunLocked: another process trains it.
         Diverged: the loss stopped being finite.
     """
     measured = {str(path): read_pairs(path) for path in config.measured_pairs}

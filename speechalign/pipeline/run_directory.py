@@ -6,9 +6,6 @@ one is discarded and redone. Two runs never share a folder.
 
 import json
 import logging
-import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +23,12 @@ from speechalign.artifacts import (
     write_json_atomically,
 )
 from speechalign.config.load import config_hash, dump_yaml
-from speechalign.errors import ConfigError, DataError, RunLocked
+from speechalign.errors import ConfigError, DataError
+from speechalign.locks import held
 
 logger = logging.getLogger(__name__)
 
 TIMINGS = "timings.json"
-HEARTBEAT_S = 10.0
-STALE_AFTER_S = 60.0
-"""A lock of another host without a heartbeat for this long belongs to a dead run."""
 
 Produce = Callable[[Path], object]
 """Commits the folder it is given (`artifacts.committed_folder`), as its last act."""
@@ -95,7 +90,7 @@ def open_run(path: Path, config: BaseModel) -> Iterator[RunDirectory]:
         raise ConfigError(
             f"run directory {path} cannot be written ({error.strerror}); choose another run_dir"
         ) from None
-    with _held(path / "lock"):
+    with held(path, path / "lock"):
         _record_config(path / "config.yaml", config)
         yield RunDirectory(path=path, config_hash=config_hash(config))
 
@@ -132,76 +127,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         for name, child in items
         for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-@contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    owner = {
-        "host": socket.gethostname(),
-        "processes": _processes(),
-        "pid": os.getpid(),
-        "job_id": os.environ.get("RAY_JOB_ID", ""),
-    }
-    _acquire(lock, owner)
-    released = threading.Event()
-
-    def beat() -> None:
-        while not released.wait(HEARTBEAT_S):
-            lock.touch()
-
-    thread = threading.Thread(target=beat, name="run-lock-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        released.set()
-        thread.join()
-        lock.unlink(missing_ok=True)
-
-
-def _acquire(lock: Path, owner: dict[str, Any]) -> None:
-    try:
-        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        _refuse_if_alive(lock)
-        logger.warning("%s: taking over from a run that died", lock.parent)
-        write_json_atomically(lock, owner)
-        return
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(owner, file)
-
-
-def _refuse_if_alive(lock: Path) -> None:
-    try:
-        owner = json.loads(lock.read_text())
-        age_s = time.time() - lock.stat().st_mtime
-    except (ValueError, FileNotFoundError):  # a run that died while it wrote, or that just ended
-        return
-    if owner.get("processes") == _processes():
-        is_alive = _is_running(owner["pid"])
-    else:
-        is_alive = age_s < STALE_AFTER_S
-    if is_alive:
-        raise RunLocked(
-            f"{lock.parent} is held by process {owner['pid']} on {owner['host']} "
-            f"(heartbeat {age_s:.0f} s ago); wait for it, stop it, or choose another run_dir"
-        )
-
-
-def _processes() -> str:
-    """Name the set of processes that a pid is one of.
-
-    A host's name does not: it stays after a reboot, and containers may share it.
-    """
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot_id}/{Path('/proc/self/ns/pid').stat().st_ino}"
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,8 +1,9 @@
 """`speechalign submit`: one recipe as a Ray job that can be lost, stopped and sent again.
 
 The id of a job is made of what it does, <run>-<verb>-<config hash>-a<attempt>: the same command
-finds the job of the last time. One that runs, or has succeeded, is attached to; after one that
-was stopped or failed the next attempt is made, and the run resumes from its folder. What the
+finds the job of the last time. One that runs is attached to, and so is one that has succeeded, but
+for a single stage: that is done for one iteration, and the next attempt does it for the next. After
+a job that was stopped or failed the next attempt resumes the run from its folder. What the
 infrastructure broke is tried again here; what the recipe, the data or the training broke is not.
 """
 
@@ -24,7 +25,7 @@ from speechalign.config.load import config_hash, load_config
 from speechalign.config.prepare import PrepareConfig
 from speechalign.config.training import RewardModelConfig, SftJob
 from speechalign.errors import ClusterUnreachable, ConfigError
-from speechalign.pipeline.run_directory import STALE_AFTER_S
+from speechalign.locks import STALE_AFTER_S
 from speechalign.training.stopping import STOP_WAIT, STOPPED_CODE, STOPPED_WORDS
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ VERBS: dict[str, type[Config]] = {
     "align": AlignConfig,
     "compare": CompareConfig,
 }
+STAGES = ("sample", "judge", "pair", "train", "evaluate")
+"""Verbs that do one stage of the next unfinished iteration."""
 RUNTIME_ENV = Path("jobs/runtime_env.yaml")
 """Used where no other file is named and this one exists."""
 DEFAULT_STOP_WAIT_S = "120"
@@ -84,6 +87,8 @@ class JobRequest:
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+    is_repeated: bool = False
+    """Whether there is more to do after a success."""
 
     def submission_id(self, attempt: int) -> str:
         """Return the id of an attempt."""
@@ -144,6 +149,7 @@ def plan_job(
         entrypoint="exec " + shlex.join(command),
         runtime_env=environment,
         metadata={"run": output.name, "verb": verb, "config_hash": digest, "output": str(output)},
+        is_repeated=verb in STAGES,
     )
 
 
@@ -179,6 +185,8 @@ class Submission:
     sleep: Callable[[float], None] = time.sleep
     _shown: dict[str, int] = field(default_factory=dict[str, int])
     _end_of_log: str = ""
+    _job: str = ""
+    """The one that is followed."""
     _failures: int = 0
     """To reach the cluster, in a row."""
 
@@ -215,7 +223,7 @@ class Submission:
 
     def _follow(self) -> tuple[str, JobState]:
         client = self.connect()
-        job = claim(client, self.request)
+        self._job = job = claim(client, self.request, followed=self._job)
         while True:
             self._show_new(client, job)
             state = client.state(job)
@@ -261,8 +269,15 @@ class Submission:
         self.sleep(seconds)
 
 
-def claim(client: JobClient, request: JobRequest) -> str:
-    """Return the id of the attempt that is to be followed, submitting one if none is alive."""
+def claim(client: JobClient, request: JobRequest, *, followed: str = "") -> str:
+    """Return the id of the attempt that is to be followed, submitting one if none will do.
+
+    Args:
+        client: of the cluster.
+        request: what to send.
+        followed: the attempt that this call has followed until the cluster was out of reach; its
+            success is the one that was waited for.
+    """
     attempt = 1
     while True:
         job = request.submission_id(attempt)
@@ -272,7 +287,8 @@ def claim(client: JobClient, request: JobRequest) -> str:
                 logger.info("submitted %s", job)
                 return job
             continue  # somebody else sent it at this moment: look again
-        if state.status not in ("STOPPED", "FAILED"):
+        is_done = state.status == "SUCCEEDED" and (job == followed or not request.is_repeated)
+        if is_done or state.status in ("PENDING", "RUNNING"):
             logger.info("attached to %s, which is %s", job, state.status.lower())
             return job
         attempt += 1

@@ -23,6 +23,7 @@ from speechalign.config.training import (
     TrainingConfig,
 )
 from speechalign.errors import ConfigError, Diverged, Stopped
+from speechalign.locks import held_output
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import rows_of_rank
 from speechalign.training.best_weights import BestWeights
@@ -70,8 +71,14 @@ def run_training(config: TrainingConfig) -> Path:
     Raises:
         ConfigError: the data cannot be read, or does not fit the model, or the output is
             something else, perhaps of other data or settings.
+        RunLocked: another process trains it.
         Diverged: the loss stopped being finite.
     """
+    with held_output(config.output):
+        return _train_or_keep(config)
+
+
+def _train_or_keep(config: TrainingConfig) -> Path:
     if is_committed(config.output):
         if verify_folder(config.output).get(IDENTITY) != identity_of(config):
             raise ConfigError(

@@ -15,6 +15,7 @@ import pytest
 from speechalign.config.align import AlignConfig
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.cluster import connected
+from tests.ray.warm_workers import warm_workers
 from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 
 
@@ -40,7 +41,7 @@ class FinishedRun:
 @pytest.fixture(scope="session")
 def clusters() -> Iterator[ExitStack]:
     """Ends the cluster with the session."""
-    with ExitStack() as clusters:
+    with warm_workers(), ExitStack() as clusters:
         yield clusters
 
 

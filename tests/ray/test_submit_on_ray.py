@@ -220,7 +220,8 @@ def test_a_job_that_is_stopped_while_it_trains_goes_on_when_it_is_sent_again(pro
     policy = verify_folder(project.config.run_dir / "iteration-1" / "policy")
     assert policy["num_updates"] == updates[-1]
     again = project.wait("again", project.submit("again"), 0)
-    assert f"attached to {job}2, which is succeeded" in again
+    assert f"submitted {job}3" in again  # the next iteration's turn, if there were one
+    assert "iteration-1/policy: finished earlier" in again
 
 
 def stop_while_it_trains(project: Project, job: str) -> int:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,17 @@ class Run:
     waits: list[float]
 
 
-def run(cluster: FakeCluster, *, connect: Callable[[], Any] | None = None, **options: Any) -> Run:
+def run(
+    cluster: FakeCluster,
+    *,
+    request: JobRequest = REQUEST,
+    connect: Callable[[], Any] | None = None,
+    **options: Any,
+) -> Run:
     shown: list[str] = []
     waits: list[float] = []
     submission = Submission(
-        request=REQUEST,
+        request=request,
         connect=connect or (lambda: cluster),
         show=shown.append,
         sleep=waits.append,
@@ -90,6 +96,14 @@ def test_a_job_that_is_alive_or_done_is_attached_to(state: JobState):
     cluster = FakeCluster(jobs={A1: failed(1), A2: state})
     assert claim(cluster, REQUEST) == A2
     assert cluster.submitted == []
+
+
+def test_a_stage_that_is_done_is_sent_again_for_the_next_iteration():
+    cluster = FakeCluster(ends=[RUNNING], jobs={A1: DONE})
+    stage = replace(REQUEST, is_repeated=True)
+    assert claim(cluster, stage) == A2
+    assert claim(cluster, stage) == A2  # which runs now
+    assert cluster.submitted == [A2]
 
 
 @pytest.mark.parametrize("state", [STOPPED, failed(1), failed(3), NODE_DIED])
@@ -153,6 +167,12 @@ class Flaky(FakeCluster):
 def test_a_broken_connection_is_made_again_and_no_line_is_shown_twice():
     cluster = Flaky(ends=[DONE], text={A1: ["", "", "hang up", "hang up"]})
     assert run(cluster, max_retries=2) == Run(code=0, shown="step 1\nstep 2\n", waits=[10.0, 20.0])
+    assert cluster.submitted == [A1]
+
+
+def test_a_stage_that_ended_while_the_connection_was_broken_is_not_sent_again():
+    cluster = Flaky(ends=[DONE], text={A1: ["", "", "hang up"]})
+    assert run(cluster, request=replace(REQUEST, is_repeated=True)).code == 0
     assert cluster.submitted == [A1]
 
 
@@ -248,6 +268,7 @@ def test_another_config_or_another_verb_is_another_job(project: Path):
         plan_job("train", Path("align.yaml")),
     ]
     assert len({plan.name for plan in plans}) == 3
+    assert [plan.is_repeated for plan in plans] == [False, False, True]
 
 
 def test_a_runtime_environment_keeps_what_it_says(project: Path):
