@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import ray
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("cluster"),
+]
 
 
 def test_a_worker_is_forked_with_the_environment_that_ray_gives_it():
