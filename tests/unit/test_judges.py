@@ -33,10 +33,25 @@ def test_texts_are_compared_as_words():
     assert (
         normalise("The TWENTY-one  dogs, didn\u2019t sleep!") == "the twenty one dogs didn't sleep"
     )
-    assert normalise("'Mr. Fox' had 1,000 of the dogs\u2019") == "mister fox had 1000 of the dogs"
-    assert normalise("7 apples and 42 pears, 365 days") == (
-        "seven apples and forty two pears 365 days"
-    )
+    assert normalise("'Mr. Fox' had one of the dogs\u2019") == "mister fox had one of the dogs"
+
+
+@pytest.mark.parametrize(
+    ("digits", "words"),
+    [
+        ("7 apples and 42 pears", "seven apples and forty two pears"),
+        ("365 days", "three hundred sixty five days"),
+        ("1,000,001 dogs", "one million one dogs"),
+        ("in 1848, 1905 or 1900", "in eighteen forty eight nineteen oh five or nineteen hundred"),
+        ("1,848 and 2024", "one thousand eight hundred forty eight and two thousand twenty four"),
+        ("the 1st, 22nd and 20th", "the first twenty second and twentieth"),
+        ("the 12th of 100,000", "the twelfth of one hundred thousand"),
+        ("0012345678901", "zero zero one two three four five six seven eight nine zero one"),
+        ("a4 or 4x4", "a four or four x four"),
+    ],
+)
+def test_numbers_are_compared_as_words(digits: str, words: str):
+    assert normalise(digits) == words
 
 
 @pytest.mark.parametrize(
