@@ -20,6 +20,12 @@ class KlConfig(Config):
     horizon_steps: float = Field(default=20.0, gt=0)
     """Steps in which an adaptive coefficient changes by a fifth, if the KL stays off target."""
 
+    @model_validator(mode="after")
+    def _the_controller_has_something_to_do(self) -> "KlConfig":
+        if self.controller == "adaptive" and not self.coefficient:
+            raise ValueError("an adaptive controller multiplies kl.coefficient: start above 0")
+        return self
+
 
 class PpoConfig(Config):
     """Actor and critic."""
@@ -122,6 +128,15 @@ class OnlineTrainingConfig(Config):
     def updates_per_step(self) -> int:
         """Weight updates a batch of rollouts."""
         return self.num_epochs * self.num_minibatches
+
+    @model_validator(mode="after")
+    def _actor_and_critic_share_a_device(self) -> "OnlineTrainingConfig":
+        if self.method == "ppo" and self.ppo.critic_engine.device != self.engine.device:
+            raise ValueError(
+                f"the critic learns on {self.ppo.critic_engine.device}, the policy on "
+                f"{self.engine.device}; set ppo.critic_engine.device too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _blocks_are_equal(self) -> "OnlineTrainingConfig":

@@ -111,6 +111,14 @@ class RewardModelConfig(TrainingJob):
     """Folders with pairs that are only measured, e.g. of recordings that the policy was not trained
     on: it knows its training data, and the held-out pairs do not tell."""
 
+    @model_validator(mode="after")
+    def _weights_are_whole(self) -> "RewardModelConfig":
+        if self.engine.zero_stage == 3:
+            raise ValueError(
+                "zero_stage 3 scatters the weights with which the best update is measured; use 2"
+            )
+        return self
+
 
 TrainingConfig: TypeAlias = Annotated[
     SftArConfig | SftNarConfig | RewardModelConfig, Field(discriminator="kind")

@@ -6,6 +6,7 @@ is no difference. SpeechAlign, Figure 1, asks people; here each judge of the eva
 Shapes: P prompts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -139,7 +140,8 @@ def _values(table: pa.Table, vote: Vote) -> dict[str, float]:
     if vote.column not in table.column_names:
         return {}
     pairs = zip(table["prompt_id"].to_pylist(), table[vote.column].to_pylist(), strict=True)
-    return {str(id_): float(value) for id_, value in pairs if value is not None}
+    votes = {str(id_): float(value) for id_, value in pairs if value is not None}
+    return {id_: value for id_, value in votes.items() if math.isfinite(value)}
 
 
 def _percent(estimate: Estimate | None, *, signed: bool = False) -> str:

@@ -292,16 +292,19 @@ class OnlineTrainer:
         return self._progress.looks.guard_step(values, block.step, self._config.guards)
 
     def _described(self, block: RolloutBlock) -> dict[str, float]:
-        """Return what the answers were like, over all ranks."""
-        measures = sorted(block.measures)
+        """Return what the answers were like, over all ranks.
+
+        A user's judge may have any name: `judge_` keeps it apart from what guards look at.
+        """
+        measures = {f"judge_{name}": values for name, values in sorted(block.measures.items())}
         means = RunningMeans(["reward", "length", "stop_share", "rewarded_share", *measures])
         rewards = [r.reward for r in block.learned if r.reward is not None]
         means.add("reward", torch.tensor(rewards))
         means.add("rewarded_share", torch.tensor([r.reward is not None for r in block.learned]))
         means.add("length", torch.tensor([len(r.token_ids) for r in block.learned]))
         means.add("stop_share", torch.tensor([not r.is_truncated for r in block.learned]))
-        for name in measures:
-            means.add(name, torch.tensor(block.measures[name]))
+        for name, values in measures.items():
+            means.add(name, torch.tensor(values))
         return means.over_ranks(self._engine.device)
 
     def _publish(self, step: int) -> None:

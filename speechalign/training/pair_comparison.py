@@ -89,7 +89,7 @@ class PairComparison:
         """
         policy = self._policy_logprobs(pairs)
         reference = self._reference_of(pairs, policy)
-        kl = self._reference_point(pairs[:num_counted])
+        kl = self._reference_point(pairs, num_counted)
         loss = pair_loss(policy, reference, self._config, kl)
         return Compared(loss=loss, policy=policy, reference=reference)
 
@@ -101,20 +101,21 @@ class PairComparison:
             )
 
     @torch.no_grad()
-    def _reference_point(self, pairs: Sequence[PreferencePair]) -> float:
-        """Return KTO's z0 of the pairs of all ranks; every rank must call it."""
+    def _reference_point(self, pairs: Sequence[PreferencePair], num_counted: int) -> float:
+        """Return KTO's z0 of the pairs of all ranks; every rank must call it.
+
+        Company is computed too: with ZeRO-3 a rank without a forward pass blocks the others.
+        """
         if not self._mismatched:
             return 0.0
         others = [self._mismatched[pair.pair_id] for pair in pairs]
         rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
-        device = self._engine.device
-        sums = torch.zeros(2, device=device)
-        if rows:
-            with self._engine.autocast():
-                policy_B = answer_sums(self._engine.module, rows)
-            reference = [self._mismatched_reference[pair.pair_id][0] for pair in others]
-            differences_B = policy_B - torch.tensor(reference, device=device)
-            sums = torch.stack([differences_B.sum(), differences_B.new_tensor(float(len(rows)))])
+        with self._engine.autocast():
+            policy_B = answer_sums(self._engine.module, rows)
+        reference = [self._mismatched_reference[pair.pair_id][0] for pair in others]
+        differences_B = policy_B - policy_B.new_tensor(reference)
+        counted_B = differences_B[:num_counted]
+        sums = torch.stack([counted_B.sum(), counted_B.new_tensor(float(num_counted))])
         total, count = global_sum(sums)
         return reference_point(total, count)
 

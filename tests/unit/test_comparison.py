@@ -36,7 +36,7 @@ def test_a_win_counts_one_and_a_tie_half():
 
 
 def test_a_prompt_without_a_judgement_has_no_vote():
-    after = judged([None, 0.25, None, 0.25], [0.8] * 4)
+    after = judged([None, 0.25, float("nan"), 0.25], [0.8] * 4)
     rates = win_rates(BEFORE, System(label="x", judged=after, facts={}), 50)
     assert rates["eval_wer"].value == 1.0
     assert rates["speaker_similarity"].value == 0.5
