@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
+LEAST_FREE_SHARE = 0.05
 MIN_BATCHED_TOKENS = 4096
 """The least number of tokens in one step of the engine."""
 
@@ -45,21 +46,12 @@ class VllmEngine:
         self._config = config
         self._policy_version = _policy_version(folder)
         self._vllm = _import_vllm(config)
-        self._llm = self._vllm.LLM(
-            model=str(folder),
-            skip_tokenizer_init=True,
-            generation_config="vllm",
-            dtype=DTYPES[config.dtype],
-            enforce_eager=config.enforce_eager,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(MIN_BATCHED_TOKENS, config.max_model_len),
-            enable_chunked_prefill=False,
-            enable_prefix_caching=True,
-            kv_cache_memory_bytes=config.kv_cache_mib * 2**20,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-        )
+        try:
+            self._llm = self._vllm.LLM(model=str(folder), **_settings_of(config))
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"vLLM cannot serve {folder} with engine {config.model_dump(mode='json')}: {error}"
+            ) from error
 
     @property
     def policy_version(self) -> int:
@@ -155,6 +147,28 @@ class VllmEngine:
             logprobs=0,
             allowed_token_ids=None if params.allowed_ids is None else list(params.allowed_ids),
         )
+
+
+def _settings_of(config: VllmConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "dtype": DTYPES[config.dtype],
+        "enforce_eager": config.enforce_eager,
+        "max_model_len": config.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, config.max_model_len),
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": config.kv_cache_mib * 2**20,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if config.device == "cuda":
+        # The cache's size is said above, but vLLM still refuses a GPU of which less than this
+        # share is free: 92 % by default, which no trainer or second engine would leave.
+        settings["gpu_memory_utilization"] = LEAST_FREE_SHARE
+    return settings
 
 
 def _import_vllm(config: VllmConfig) -> Any:

@@ -54,7 +54,8 @@ def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> Non
         output=paths.output.resolve(),
     )
     learned, heldout = _split(training_prompts(config, iteration), training)
-    probes = _probes(learned.slice(0, NUM_PROBES), paths.policy)
+    max_tokens = config.engine.max_model_len
+    probes = probes_of(learned.slice(0, NUM_PROBES), paths.policy, max_tokens=max_tokens)
     job = OnlineJob(
         task=OnlineTask(
             config=training,
@@ -109,18 +110,24 @@ def _split(prompts: pa.Table, training: OnlineTrainingConfig) -> tuple[pa.Table,
     return prompts.take(np.sort(order[count:])), prompts.take(np.sort(order[:count]))
 
 
-def _probes(prompts: pa.Table, policy: Path) -> tuple[Probe, ...]:
-    """Return golden answers: nobody's training changes them."""
+def probes_of(prompts: pa.Table, policy: Path, *, max_tokens: int) -> tuple[Probe, ...]:
+    """Return golden answers: nobody's training changes them.
+
+    Args:
+        prompts: rows.PROMPT; each leaves room for an answer.
+        policy: knows their vocabulary.
+        max_tokens: of prompt and answer that the engine takes, with one that it must generate.
+    """
     vocabulary, facts = Vocabulary.load(policy / VOCABULARY), manifest_facts(policy)
-    return tuple(
-        Probe(
-            prompt_token_ids=prompt_token_ids(
-                vocabulary,
-                prompt.phonemes,
-                prompt.speaker_codes_KT,
-                prefix_frames=facts["prefix_frames"],
-            ),
-            answer_token_ids=answer_token_ids(vocabulary, prompt.golden_codes_KT),
+    probes: list[Probe] = []
+    for prompt in prompts_from_table(prompts):
+        asked = prompt_token_ids(
+            vocabulary,
+            prompt.phonemes,
+            prompt.speaker_codes_KT,
+            prefix_frames=facts["prefix_frames"],
         )
-        for prompt in prompts_from_table(prompts)
-    )
+        answer = answer_token_ids(vocabulary, prompt.golden_codes_KT)
+        room = max_tokens - len(asked) - 1
+        probes.append(Probe(prompt_token_ids=asked, answer_token_ids=answer[:room]))
+    return tuple(probes)

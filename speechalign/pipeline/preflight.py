@@ -1,5 +1,6 @@
 """What would make a run fail later, found before anything is started."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,6 +116,7 @@ def check_artifacts(config: AlignConfig) -> str:
             f"rendering.num_levels is {config.rendering.num_levels}, the NAR model {config.nar} "
             f"knows {known} levels"
         )
+    _check_context(config.policy, config.engine.max_model_len)
     num_clips = _check_golden(config.golden, codec.fingerprint)
     return f"codec {codec.fingerprint}, policy, NAR model, {num_clips} golden clips"
 
@@ -166,6 +168,15 @@ def say_something(config: AlignConfig, path: Path) -> str:
     if not loudness:
         raise DataError("the policy said nothing; is it trained?")
     return f"said {prompts[0].text!r} in {len(wave_N) / row['sample_rate_hz']:.1f} s: {path}"
+
+
+def _check_context(policy: Path, max_model_len: int) -> None:
+    known = json.loads((policy / "config.json").read_text()).get("max_position_embeddings")
+    if known is not None and max_model_len > known:
+        raise ConfigError(
+            f"engine.max_model_len is {max_model_len}, the policy {policy} was built for {known} "
+            "positions; lower it"
+        )
 
 
 def _check_golden(path: Path, fingerprint: str) -> int:

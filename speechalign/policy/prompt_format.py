@@ -95,12 +95,16 @@ def answer_token_ids(vocabulary: Vocabulary, codes_KT: NDArray[np.integer]) -> t
 
 
 def answer_codes(vocabulary: Vocabulary, token_ids: Sequence[int]) -> NDArray[np.int64]:
-    """Return codes_KT of an answer; the stop token, if there is one, is dropped.
+    """Return codes_KT of an answer, without the stop token.
+
+    An answer without one was cut off by the length cap, and so may its last frame be: that goes.
 
     Raises:
-        MalformedCodes: an id is no code of its level, or the frames are not whole.
+        MalformedCodes: an id is no code of its level, or the policy stopped within a frame.
     """
     ids = list(token_ids)
     if ids and ids[-1] == EOS_ID:
         ids.pop()
+    else:
+        ids = ids[: len(ids) // vocabulary.num_codebooks * vocabulary.num_codebooks]
     return vocabulary.layout.unflatten(np.asarray(ids, dtype=np.int64))

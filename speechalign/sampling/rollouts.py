@@ -187,9 +187,10 @@ class RolloutStage:
         assert self._speaker is not None  # noqa: S101 - `_load` made it
         ours = self._speaker.engine.score(self._probes)
         theirs = probe_logprobs_of(folder)
-        difference = max(
-            float(np.abs(np.subtract(mine, other)).max())
-            for mine, other in zip(ours, theirs, strict=True)
+        pairs = zip(ours, theirs, strict=True)
+        # NumPy's: Python's own passes over what is not a number.
+        difference = float(
+            np.max([np.abs(np.subtract(mine, other)).max() for mine, other in pairs])
         )
         if not difference <= self._told.max_logprob_difference:  # also if it is not a number
             raise LogprobMismatch(

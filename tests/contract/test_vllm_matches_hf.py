@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from speechalign.config.policy import ArConfig
 from speechalign.config.sampling import TransformersConfig, VllmConfig
+from speechalign.errors import ConfigError
 from speechalign.generation.base import Engine, GenerationRequest, SamplingParams
 from speechalign.generation.build import build_generation_engine
 from speechalign.generation.hf import TransformersEngine
@@ -65,6 +66,13 @@ def vllm_engine(folders: tuple[Path, Path]) -> Iterator[Engine]:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads = set_num_threads
+
+
+def test_an_engine_that_cannot_start_is_a_config_error(
+    vllm_engine: Engine, folders: tuple[Path, Path]
+):
+    with pytest.raises(ConfigError, match=r"vLLM cannot serve .*'max_model_len': 4096"):
+        VllmEngine(folders[0], VllmConfig(max_model_len=4096, max_num_seqs=8, kv_cache_mib=64))
 
 
 def trainer_logprobs(

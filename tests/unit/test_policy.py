@@ -46,10 +46,15 @@ def test_an_answer_reads_back_as_its_codes(codes_KT: np.ndarray):
     np.testing.assert_array_equal(answer_codes(VOCABULARY, ids[:-1]), codes_KT)
 
 
-@pytest.mark.parametrize("ids", [(8,), (24, 8), (2, 24), (8, 1, 24)])
+@pytest.mark.parametrize("ids", [(8, 1), (24, 8), (2, 24), (8, 1, 24, 8)])
 def test_ids_that_are_no_frames_are_refused(ids: tuple[int, ...]):
     with pytest.raises(MalformedCodes):
         answer_codes(VOCABULARY, ids)
+
+
+def test_half_a_frame_that_the_length_cap_left_is_dropped():
+    assert answer_codes(VOCABULARY, (8, 24, 9, 25, 10)).tolist() == [[0, 1], [0, 1]]
+    assert answer_codes(VOCABULARY, (8,)).shape == (2, 0)
 
 
 def test_a_short_speaker_prompt_is_refused():

@@ -1,0 +1,49 @@
+"""What is refused before the first actor starts, and what a probe is made of."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from speechalign.config.sampling import VllmConfig
+from speechalign.errors import ConfigError
+from speechalign.generation import vllm
+from speechalign.pipeline.online import probes_of
+from speechalign.pipeline.preflight import check_artifacts
+from speechalign.pipeline.sample import training_prompts, write_prompts
+from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> TinyStack:
+    return build_tiny_stack(tmp_path_factory.mktemp("stack"))
+
+
+def test_an_engine_longer_than_the_policys_positions_is_refused(stack: TinyStack, tmp_path: Path):
+    check_artifacts(tiny_recipe(stack, tmp_path / "run"))
+    engine = {"kind": "transformers", "max_model_len": 1025}
+    with pytest.raises(ConfigError, match=r"max_model_len is 1025, .* built for 1024 positions"):
+        check_artifacts(tiny_recipe(stack, tmp_path / "run", engine=engine))
+
+
+def test_a_probe_fits_into_the_engine(stack: TinyStack, tmp_path: Path):
+    config = tiny_recipe(stack, tmp_path / "run")
+    write_prompts(config, config.run_dir / "prompts")
+    prompts = training_prompts(config, 1).slice(0, 4)
+    whole = probes_of(prompts, stack.ar, max_tokens=1024)
+    most = min(len(probe.prompt_token_ids) + len(probe.answer_token_ids) for probe in whole)
+    for probe, longer in zip(probes_of(prompts, stack.ar, max_tokens=most), whole, strict=True):
+        length = len(probe.prompt_token_ids) + len(probe.answer_token_ids)
+        assert length == most - 1  # and one that the engine must generate
+        assert probe.answer_token_ids == longer.answer_token_ids[: len(probe.answer_token_ids)]
+
+
+@pytest.mark.parametrize(("device", "share"), [("cuda", 0.05), ("cpu", None)])
+def test_a_gpu_may_be_shared(
+    stack: TinyStack, monkeypatch: pytest.MonkeyPatch, device: str, share: float | None
+):
+    made: list[dict[str, object]] = []
+    module = SimpleNamespace(LLM=lambda **settings: made.append(settings))
+    monkeypatch.setattr(vllm, "_import_vllm", lambda config: module)
+    vllm.VllmEngine(stack.ar, VllmConfig.model_validate({"device": device}))
+    assert made[0].get("gpu_memory_utilization") == share
