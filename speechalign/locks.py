@@ -43,6 +43,7 @@ def held(folder: Path, lock: Path) -> Iterator[None]:
         "host": socket.gethostname(),
         "processes": _processes(),
         "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
         "job_id": os.environ.get("RAY_JOB_ID", ""),
     }
     _acquire(folder, lock, owner)
@@ -50,7 +51,13 @@ def held(folder: Path, lock: Path) -> Iterator[None]:
 
     def beat() -> None:
         while not released.wait(HEARTBEAT_S):
-            lock.touch()
+            try:
+                if _owner_of(lock) == owner:
+                    lock.touch()
+                else:  # this host slept, or could not write, for so long that it looked dead
+                    logger.error("%s: another run has taken over; stop this one", folder)
+            except OSError as error:
+                logger.warning("%s: no heartbeat: %s", lock, error)
 
     thread = threading.Thread(target=beat, name="lock-heartbeat", daemon=True)
     thread.start()
@@ -59,7 +66,8 @@ def held(folder: Path, lock: Path) -> Iterator[None]:
     finally:
         released.set()
         thread.join()
-        lock.unlink(missing_ok=True)
+        if _owner_of(lock) == owner:
+            lock.unlink()
 
 
 @contextmanager
@@ -72,6 +80,13 @@ def held_output(output: Path) -> Iterator[None]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with held(output, output.with_name(f".{output.name}.lock")):
         yield
+
+
+def _owner_of(lock: Path) -> Any:
+    try:
+        return json.loads(lock.read_text())
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def _acquire(folder: Path, lock: Path, owner: dict[str, Any]) -> None:
@@ -112,7 +127,8 @@ def _refuse_if_alive(folder: Path, lock: Path, former: str) -> None:
     except ValueError:  # of a host that died while it wrote
         return
     if owner.get("processes") == _processes():
-        is_alive = _is_running(owner["pid"])
+        # A container that starts again has the same numbers, so a pid alone says little.
+        is_alive = _is_running(owner["pid"]) and _start_of(owner["pid"]) == owner.get("started")
     else:
         is_alive = age_s < STALE_AFTER_S
     if is_alive:
@@ -129,6 +145,15 @@ def _processes() -> str:
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot_id}/{Path('/proc/self/ns/pid').stat().st_ino}"
+
+
+def _start_of(pid: int) -> str:
+    """Return when a process started, in ticks since boot; nothing if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]  # field 22; the name before may hold anything
 
 
 def _is_running(pid: int) -> bool:

@@ -1,5 +1,6 @@
 """One process at a time makes an artifact; what a run's folder adds is in test_run_directory."""
 
+import errno
 import json
 import threading
 import time
@@ -52,6 +53,54 @@ def test_of_many_that_find_a_dead_lock_one_takes_it(
         thread.join()
     assert sorted(outcomes) == ["held"] + ["refused"] * (NUM_TAKERS - 1)
     assert not lock.exists()
+
+
+def test_a_process_of_the_same_number_that_started_later_is_another(tmp_path: Path):
+    lock = tmp_path / "lock"
+    with held(tmp_path, lock):
+        mine = json.loads(lock.read_text())
+    lock.write_text(json.dumps(mine | {"started": "1"}))
+    with held(tmp_path, lock):
+        assert json.loads(lock.read_text()) == mine
+
+
+def test_who_lost_the_lock_leaves_it_to_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.01)
+    lock = tmp_path / "lock"
+    winner = json.dumps({"host": "elsewhere", "pid": 1})
+    with held(tmp_path, lock):
+        lock.write_text(winner)
+        wait_for(caplog, "another run has taken over")
+    assert lock.read_text() == winner
+
+
+def test_a_heartbeat_that_fails_once_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.01)
+    beats: list[Path] = []
+
+    def touch(path: Path) -> None:
+        beats.append(path)
+        if len(beats) == 1:
+            raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with held(tmp_path, tmp_path / "lock"):
+        wait_for(caplog, "no heartbeat")
+        deadline = time.monotonic() + 10.0
+        while len(beats) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(beats) > 1
+
+
+def wait_for(caplog: pytest.LogCaptureFixture, words: str) -> None:
+    deadline = time.monotonic() + 10.0
+    while words not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert words in caplog.text
 
 
 def test_an_output_that_another_process_makes_is_left_alone(tmp_path: Path):
