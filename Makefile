@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Everything else is a part of them.
+# `make demo` and `make test` set up what they need; `make check` has the linters and the types.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= jobs/align-embedded-cpu.yaml

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from speechalign.clusters.findings import Finding, Values, items, join, mapping, unknown_keys
@@ -56,8 +56,8 @@ def check_ray_up(values: Values, folder: Path) -> list[Finding]:
         folder: it lies in; `file_mounts` are relative to the working directory, as in `ray up`.
     """
     checks = (
-        _ray_says, _limits, _head, _workers, _provider, _files, _image, _token, _commands,
-        _machines,
+        _ray_says, _limits, _head, _workers, _provider, _files, _volumes, _image, _token,
+        _commands, _machines,
     )  # fmt: skip
     return sorted({finding for check in checks for finding in check(values)})
 
@@ -166,6 +166,27 @@ def _files(values: Values) -> Iterator[Finding]:
         path = Path(str(source)).expanduser()
         if not path.exists() and path.name != "auth_token":
             yield Finding(f"file_mounts.{target}", f"{source} does not exist; `ray up` would fail")
+
+
+def _volumes(values: Values) -> Iterator[Finding]:
+    """Find volumes that hold the place where Ray mounts a file itself (`docker_start_cmds`)."""
+    docker = mapping(values.get("docker"))
+    for key in ("run_options", "head_run_options", "worker_run_options"):
+        options = " ".join(str(one) for one in items(docker.get(key)))
+        for target in _targets(options):
+            for mount in mapping(values.get("file_mounts")):
+                if PurePosixPath(str(mount)).is_relative_to(target):
+                    yield Finding(
+                        f"docker.{key}", f"Ray mounts {mount} into the container itself, and in a "
+                        f"read-only volume Docker cannot; leave out the one at {target}"
+                    )  # fmt: skip
+
+
+def _targets(options: str) -> list[str]:
+    """Return where the volumes of `docker run` appear in the container."""
+    volumes = re.findall(r"(?:^|\s)(?:-v|--volume)[ =]*(\S+)", options)
+    mounts = re.findall(r"(?:^|\s)--mount[ =]\S*?(?:target|destination|dst)=([^,\s]+)", options)
+    return [volume.split(":")[1] for volume in volumes if ":" in volume] + mounts
 
 
 def _image(values: Values) -> Iterator[Finding]:

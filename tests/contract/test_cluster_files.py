@@ -72,6 +72,10 @@ AWS_MISTAKES: list[tuple[str, Change]] = [
     ("no label speechalign-pool", lambda v: types(v)["trainer"].pop("labels")),
     ("/no/such/file does not exist", lambda v: v["file_mounts"].update({"/x": "/no/such/file"})),
     ("no ~/.ray/auth_token", lambda v: v.update(file_mounts={})),
+    ("leave out the one at /home/ubuntu/.ray", lambda v: v["docker"]["run_options"].append(
+        "-v /home/ubuntu/.ray:/home/ubuntu/.ray:ro")),
+    ("leave out the one at /home/ubuntu", lambda v: v["docker"].update(
+        head_run_options=["--mount", "type=bind,source=/home,target=/home/ubuntu,readonly"])),
     ("add -e RAY_AUTH_MODE=token", lambda v: v["docker"].update(run_options=[])),
     ("is not pinned", lambda v: v["docker"].update(image="speechalign:latest")),
     ("is not pinned", lambda v: v["docker"].update(image="speechalign")),
@@ -87,6 +91,13 @@ AWS_MISTAKES: list[tuple[str, Change]] = [
 @pytest.mark.parametrize(("says", "change"), AWS_MISTAKES, ids=[m for m, _ in AWS_MISTAKES])
 def test_a_mistake_in_a_file_of_ray_up_is_found(says: str, change: Change, tmp_path: Path):
     assert any(says in finding for finding in findings_after("clusters/aws.yaml", change, tmp_path))
+
+
+def test_a_volume_elsewhere_is_no_mistake(tmp_path: Path):
+    def change(values: dict[str, Any]) -> None:
+        values["docker"]["run_options"] += ["-v /mnt/efs:/shared", "--volume=/home/ubuntu2:/home/u"]
+
+    assert findings_after("clusters/aws.yaml", change, tmp_path) == []
 
 
 GCP_MISTAKES: list[tuple[str, Change]] = [

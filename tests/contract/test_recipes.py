@@ -13,6 +13,7 @@ from speechalign.config.compare import ArmConfig, CompareConfig, RewardModelStep
 from speechalign.config.corpus import CorpusConfig
 from speechalign.config.load import load_config
 from speechalign.config.prepare import PrepareConfig
+from speechalign.config.sampling import VllmConfig
 from speechalign.config.training import RewardModelConfig, SftJob
 from speechalign.pipeline.compare import arms_of, reward_model_of
 from speechalign.pipeline.submit import RUNTIME_ENV, plan_job
@@ -80,3 +81,10 @@ def test_every_step_of_the_comparison_is_a_valid_recipe():
             assert isinstance(step, RewardModelStepConfig)
             assert reward_model_of(config, step).output == config.run_dir / step.name
     assert methods == {"dpo", "sft", "coh", "best_of_n", "ppo", "grpo"}
+
+
+def test_the_7b_recipe_has_room_for_one_answer_in_vllms_cache():
+    engine = load_config(AlignConfig, JOBS / "align-paper-8gpu.yaml").engine
+    assert isinstance(engine, VllmConfig)
+    bytes_a_token = 2 * 32 * 4096 * 2  # keys and values of 32 layers of 4096 in bf16
+    assert engine.kv_cache_mib * 2**20 >= engine.max_model_len * bytes_a_token
