@@ -27,7 +27,7 @@ def test_every_stage_is_whole(run_dir: Path):
 
 def test_sampler_and_trainer_agree_about_the_same_tokens(run_dir: Path):
     facts = verify_folder(run_dir / "iteration-1" / "pairs")
-    assert facts["max_logprob_difference"] <= 1e-4
+    assert 0 < facts["max_logprob_difference"] <= 1e-4
 
 
 def test_the_policy_speaks_and_was_measured_before_and_after(run_dir: Path):
@@ -36,7 +36,7 @@ def test_the_policy_speaks_and_was_measured_before_and_after(run_dir: Path):
     assert [system.name for system in systems] == ["golden level 1 + NAR", "before", "iteration 1"]
     for system in systems:
         assert {"wer", "cer", "sim", "distillmos"} <= system.estimates.keys()
-        assert system.estimates["wer"].value < 1.0
+        assert system.estimates["wer"].value < 0.5
 
 
 def test_the_report_can_be_listened_to(run_dir: Path):

@@ -8,6 +8,18 @@ import pytest
 import yaml
 
 from speechalign.cli import main
+from speechalign.config.align import AlignConfig
+from speechalign.errors import (
+    BudgetExceeded,
+    ConfigError,
+    CorruptArtifact,
+    DataError,
+    Diverged,
+    LogprobMismatch,
+    RunLocked,
+    Stopped,
+)
+from speechalign.pipeline.align import Outcome
 
 RECIPE = Path(__file__).parents[2] / "jobs" / "align-embedded-cpu.yaml"
 
@@ -55,3 +67,69 @@ def test_a_mistake_ends_the_process_without_a_traceback():
     assert result.returncode == 2
     assert "did you mean 'beta'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("it is said"), 2),
+        (RunLocked("it is said"), 2),
+        (DataError("it is said"), 3),
+        (CorruptArtifact("it is said"), 3),
+        (Diverged("it is said"), 4),
+        (BudgetExceeded("it is said"), 1),
+        (LogprobMismatch("it is said"), 1),
+        (Stopped(), 143),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_an_error_has_the_exit_code_that_the_readme_says(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def fail(arguments: list[str]) -> None:
+        del arguments
+        raise error
+
+    monkeypatch.setattr("speechalign.cli.app", fail)
+    monkeypatch.setattr("speechalign.cli.install_stop_handler", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["speechalign", "align", "a recipe.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == code
+    said = capsys.readouterr().err
+    if isinstance(error, Stopped):
+        assert "the same command resumes: speechalign align 'a recipe.yaml'" in said
+    else:
+        assert said == "speechalign: it is said\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "stage"),
+    [
+        ("sample", "samples"),
+        ("judge", "scored"),
+        ("pair", "pairs"),
+        ("train", "policy"),
+        ("evaluate", "evaluation"),
+        ("align", "report"),
+    ],
+)
+def test_a_verb_runs_until_its_own_stage(
+    verb: str,
+    stage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def run_align(config: AlignConfig, *, until: str) -> Outcome:
+        return Outcome(text=f"{until} with seed {config.seed}", folder=config.run_dir)
+
+    monkeypatch.setattr("speechalign.pipeline.align.run_align", run_align)
+    monkeypatch.setattr("speechalign.cli.install_stop_handler", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["speechalign", verb, str(RECIPE), "seed=7"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"{stage} with seed 7\n"

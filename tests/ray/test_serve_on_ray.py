@@ -181,6 +181,16 @@ def open_stream(http: httpx.Client, text: str = LONG) -> Generator[bytes]:
         yield from answer.iter_raw()
 
 
+def wait_for_metrics(*wanted: str) -> None:
+    """Return when Prometheus could read them: Ray collects them every few seconds."""
+    node = ray.nodes()[0]
+    metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    while not all(name in (text := httpx.get(metrics).text) for name in wanted):
+        assert time.monotonic() < deadline, [x for x in text.splitlines() if "speechalign" in x]
+        time.sleep(1)
+
+
 def test_streams_beyond_the_limit_are_told_to_come_back_and_a_client_that_leaves_frees_its_place(
     address: str,
 ):
@@ -197,6 +207,7 @@ def test_streams_beyond_the_limit_are_told_to_come_back_and_a_client_that_leaves
             time.sleep(0.2)
         assert sum(map(len, again)) > 0
         assert sum(map(len, streams[1])) > 0
+    wait_for_metrics('end="cancelled"')  # it was not freed by having come to its end
 
 
 def model_of(http: httpx.Client) -> dict[str, Any]:
@@ -239,13 +250,7 @@ def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
 def test_prometheus_learns_how_long_people_waited_and_why_they_were_refused(address: str):
     with httpx.Client(base_url=address, timeout=60) as http:
         assert next(open_stream(http, "")) == b"400"
-    node = ray.nodes()[0]
-    metrics = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = ("speechalign_first_audio_seconds_bucket", 'reason="invalid_value"')
-    deadline = time.monotonic() + 60
-    while not all(name in (text := httpx.get(metrics).text) for name in wanted):
-        assert time.monotonic() < deadline, [x for x in text.splitlines() if "speechalign" in x]
-        time.sleep(1)
+    wait_for_metrics("speechalign_first_audio_seconds_bucket", 'reason="invalid_value"')
 
 
 def test_when_a_replica_dies_its_stream_ends_visibly_and_the_next_request_is_served(address: str):

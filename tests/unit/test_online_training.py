@@ -1,6 +1,7 @@
 """The online loop without a cluster: the sampler's stage and one trainer take turns."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -251,14 +252,17 @@ def run_blocks_of(run: Run) -> Iterator[pa.Table]:
     return run.blocks()
 
 
-def test_a_sampler_that_disagrees_with_the_trainer_stops(stack: TinyStack, tmp_path: Path):
+@pytest.mark.parametrize(("change", "says"), [(0.01, r"1\.00e-02 nats"), (math.nan, "nan nats")])
+def test_a_sampler_that_disagrees_with_the_trainer_stops(
+    stack: TinyStack, tmp_path: Path, change: float, says: str
+):
     run = Run(stack, tmp_path, a_config())
     OnlineTrainer(run.job)
     manifest = run.paths.versions / "v000000" / "manifest.json"
     values = json.loads(manifest.read_text())
-    values["facts"]["probe_logprobs"][1][0] += 0.01
+    values["facts"]["probe_logprobs"][1][0] += change
     manifest.write_text(json.dumps(values))
-    with pytest.raises(LogprobMismatch, match=r"1\.00e-02 nats"):
+    with pytest.raises(LogprobMismatch, match=says):
         next(run.blocks())
 
 
@@ -282,15 +286,19 @@ def test_too_many_failed_rewards_stop_the_run(stack: TinyStack, tmp_path: Path):
         run.train()
 
 
+def assert_it_is_the_start(run: Run, stack: TinyStack) -> None:
+    facts = verify_folder(run.paths.output)
+    assert (facts["best_step"], facts["policy_version"]) == (0, 0)
+    before, after = load_ar(stack.ar).model.state_dict(), load_ar(run.paths.output).model
+    for name, weight in after.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
 def test_a_guard_stops_the_run_and_the_best_is_kept(stack: TinyStack, tmp_path: Path):
     run = Run(stack, tmp_path, a_config(guards={"min_stop_share": 1.0}))
     run.train().commit()
-    facts = verify_folder(run.paths.output)
-    assert "guards.min_stop_share is 100%" in facts["stop_reason"]
-    assert facts["best_step"] == 0
-    before, after = load_ar(stack.ar).model.state_dict(), load_ar(run.paths.output).model
-    for name, weight in after.state_dict().items():
-        assert torch.equal(weight, before[name])
+    assert "guards.min_stop_share is 100%" in verify_folder(run.paths.output)["stop_reason"]
+    assert_it_is_the_start(run, stack)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_the_best_is_kept(
@@ -302,6 +310,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_the_best_is_kept(
     run = Run(stack, tmp_path, a_config(), rewards=infinite)
     run.train().commit()
     assert "not a number" in verify_folder(run.paths.output)["stop_reason"]
+    assert_it_is_the_start(run, stack)
 
 
 def test_versions_that_nobody_needs_are_removed_but_the_best_stays(
