@@ -135,12 +135,11 @@ class AnswerStreams:
             ConfigError: the prompt and the length cap together exceed the model's length.
             EngineDead: the engine will not answer again.
         """
-        self._check_alive()
         self._count += 1
         listener = _Listener(
             f"a{self._count}", prompt_token_ids, seed, params, asyncio.get_running_loop()
         )
-        self._inbox.put(listener)
+        self._order(listener)
         try:
             while True:
                 piece = await listener.pieces.get()
@@ -159,9 +158,8 @@ class AnswerStreams:
             ConfigError, CorruptArtifact: the folder holds no such policy; the old one stays.
             EngineDead: the engine will not answer again.
         """
-        self._check_alive()
         done: Future[int] = Future()
-        self._inbox.put(_Swap(folder, done))
+        self._order(_Swap(folder, done))
         return await asyncio.wrap_future(done)
 
     def close(self) -> None:
@@ -169,7 +167,13 @@ class AnswerStreams:
         self._inbox.put(None)
         self._thread.join()
 
-    def _check_alive(self) -> None:
+    def _order(self, order: _Listener | _Swap) -> None:
+        """Hand an order to the thread; asked afterwards, since `_end` may just have been through.
+
+        Raises:
+            EngineDead: nobody will take it.
+        """
+        self._inbox.put(order)
         if self._death is not None:
             raise EngineDead(str(self._death))
 
@@ -219,6 +223,9 @@ class AnswerStreams:
             self._speaking[listener.answer_id] = listener
 
     def _swap(self, swap: _Swap) -> None:
+        # A cancelled future takes no result: to set one would end the thread.
+        if not swap.done.set_running_or_notify_cancel():
+            return
         try:
             self._engine.load_policy(swap.folder)
         except (ConfigError, DataError, OSError) as error:  # the old policy stays: tell who asked
@@ -253,7 +260,7 @@ class AnswerStreams:
             if order is not None:
                 orders.append(order)
         for order in orders:
-            if isinstance(order, _Swap):
-                order.done.set_exception(EngineDead(str(error)))
-            else:
+            if not isinstance(order, _Swap):
                 order.tell(EngineDead(str(error)))
+            elif order.done.set_running_or_notify_cancel():
+                order.done.set_exception(EngineDead(str(error)))

@@ -23,6 +23,10 @@ logger = logging.getLogger(__name__)
 APPLICATION = "speechalign"
 POLL_S = 0.2
 IMPORT_PATH = "speechalign.serving.app:build"
+CARRIED = frozenset({"proxy_location", "http_options", "applications"})
+"""Keys of a file that `Endpoint.to_serve` writes again."""
+FIXED = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH}
+"""What an application may say besides its `args`, since it would be served so anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,9 @@ class Endpoint:
     config: ServingConfig
     host: str
     port: int
+    http_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Of Serve's proxies; `host` and `port` stand above theirs."""
+    proxy_location: str = "HeadOnly"
     swapped: Mapping[str, Path] = field(default_factory=dict[str, Path])
     """Policies that take the place of the config's, in the processes that serve already."""
 
@@ -41,7 +48,8 @@ class Endpoint:
     @property
     def address(self) -> str:
         """Where clients find it."""
-        return f"http://{self.host}:{self.port}"
+        scheme = "https" if self.http_options.get("ssl_certfile") else "http"
+        return f"{scheme}://{self.host}:{self.port}"
 
     def with_policy(self, name: str, path: Path) -> "Endpoint":
         """Return the endpoint with another policy under a name it has already."""
@@ -61,15 +69,13 @@ class Endpoint:
         if self.is_draining:
             deployments.append({"name": "ingress", "user_config": {"is_draining": True}})
         application = {
-            "name": APPLICATION,
-            "route_prefix": "/",
-            "import_path": IMPORT_PATH,
+            **FIXED,
             "args": self.config.model_dump(mode="json"),
             "deployments": deployments,
         }
         return {
-            "proxy_location": "HeadOnly",
-            "http_options": {"host": self.host, "port": self.port},
+            "proxy_location": self.proxy_location,
+            "http_options": {**self.http_options, "host": self.host, "port": self.port},
             "applications": [application],
         }
 
@@ -87,23 +93,47 @@ def read_endpoint(
         listen: `HOST:PORT` instead of the file's.
 
     Raises:
-        ConfigError: the file is no such file, the folder holds no policy, or an endpoint that
-            others can reach has no API keys.
+        ConfigError: the file is no such file or says what would be ignored, the folder holds no
+            policy, or an endpoint that others can reach has no API keys.
     """
     values = read_yaml(file)
-    applications = values.get("applications")
-    if not isinstance(applications, list) or len(applications) != 1:
-        raise ConfigError(f"{file} must have `applications` with exactly one of speechalign's")
-    application: dict[str, Any] = applications[0]
-    args = dict(application.get("args") or {})
+    args = _args(values, file)
     if policy is not None:
         args["policies"] = {name: {"path": str(path)} for name, path in policies_of(policy).items()}
-    host, port = _address(values.get("http_options") or {}, listen)
+    http_options: dict[str, Any] = values.get("http_options") or {}
+    host, port = _address(http_options, listen)
     if not is_loopback(host):
         # Somebody else can reach it: what is fine on a laptop would be an open door here.
         args["access"] = {**args.get("access", {}), "allow_anonymous": False}
     config = validated(ServingConfig, with_overrides(args, overrides), f"{file}, applications.args")
-    return Endpoint(config=_resolved(config), host=host, port=port)
+    return Endpoint(
+        config=_resolved(config),
+        host=host,
+        port=port,
+        http_options=http_options,
+        proxy_location=values.get("proxy_location") or "HeadOnly",
+    )
+
+
+def _args(values: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the `args` of a file's one application, and refuse what would be ignored."""
+    applications = values.get("applications")
+    match applications:
+        case [dict(application)]:
+            args = application.pop("args", None)
+        case _:
+            raise ConfigError(f"{file} must have `applications` with exactly one of speechalign's")
+    ignored = [key for key in values if key not in CARRIED]
+    ignored += [
+        f"applications.{key}" for key, value in application.items() if FIXED.get(key) != value
+    ]
+    if ignored:
+        fixed = ", ".join(f"{key} {value}" for key, value in FIXED.items())
+        raise ConfigError(
+            f"{file}: `speechalign serve` would ignore {', '.join(ignored)}; take it out (it "
+            f"serves {fixed}), or give the file to `serve deploy`"
+        )
+    return dict(args or {})
 
 
 def _resolved(config: ServingConfig) -> ServingConfig:
@@ -208,7 +238,7 @@ def _start_serve(endpoint: Endpoint) -> None:
     from ray import serve
 
     options = endpoint.to_serve()["http_options"]
-    serve.start(proxy_location="HeadOnly", http_options=options)
+    serve.start(proxy_location=endpoint.proxy_location, http_options=options)
     running = _serve_client().http_config
     if (running.host, running.port) != (endpoint.host, endpoint.port):
         raise ConfigError(

@@ -25,7 +25,7 @@ from speechalign.serving import schema
 from speechalign.serving.bodies import body_of, limited
 from speechalign.serving.keys import ApiKey, Gate
 from speechalign.serving.openapi import ERRORS, SPEECH, UPLOAD
-from speechalign.serving.problems import Problem, invalid, unknown_model
+from speechalign.serving.problems import Problem, failed, invalid, unknown_model
 from speechalign.serving.service import Order, SpeechService, as_problem
 from speechalign.serving.telemetry import Telemetry
 
@@ -178,7 +178,10 @@ class SpeechRoutes:
 
     async def ready(self) -> schema.Health:
         """Say that every policy answers."""
-        await self._service.models()
+        try:
+            await self._service.models()
+        except TimeoutError:
+            raise failed("not_ready", "a policy does not answer", 503) from None
         return schema.Health()
 
 

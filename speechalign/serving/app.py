@@ -25,7 +25,7 @@ from speechalign.serving.api import build_api
 from speechalign.serving.keys import Gate, read_keys
 from speechalign.serving.renderer import VoiceRenderer
 from speechalign.serving.service import SpeechService
-from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken
+from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken, load_chooser
 from speechalign.serving.telemetry import Telemetry
 from speechalign.serving.voices import golden_voices
 from speechalign.serving.windows import Heard, Window
@@ -75,6 +75,8 @@ def check_endpoint(config: ServingConfig) -> None:
     for policy in config.policies.values():
         facts = check_ar(policy.path)
         check_fingerprint(facts["codec_fingerprint"], fingerprint, "the codec")
+        if policy.reward_model is not None:
+            load_chooser(policy.reward_model, facts["codec_fingerprint"])
 
 
 def _deployment(cls: type[Any], name: str, replicas: ReplicasConfig, config: ServingConfig) -> Any:
@@ -152,9 +154,11 @@ class Ingress:
         self._gate = Gate(read_keys(config.access), config.limits)
 
     async def reconfigure(self, user_config: dict[str, bool]) -> None:
-        """Let no new stream in and wait for the open ones, if that is asked for."""
+        """Let no new stream in and wait for the open ones, or let streams in again."""
         if user_config["is_draining"]:
             await self._service.drain()
+        else:
+            self._service.reopen()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the application of this replica; Serve asks for it after the constructor."""

@@ -63,7 +63,9 @@ class Tally:
 
 async def load(speak: Speak, *, num_clients: int, seconds: float, rate_hz: int) -> Tally:
     """Let clients ask until the time is over; started answers are finished."""
-    tally, end = Tally(), time.monotonic() + seconds
+    # In a thread: to look at all processes may take longer than a client's whole answer.
+    tally = Tally(memory_mib=[await asyncio.to_thread(_memory_mib)])
+    end = time.monotonic() + seconds
 
     async def client(number: int) -> None:
         turn = number
@@ -79,8 +81,8 @@ async def load(speak: Speak, *, num_clients: int, seconds: float, rate_hz: int) 
 
     async def watch() -> None:
         while True:
-            tally.memory_mib.append(_memory_mib())
             await asyncio.sleep(2)
+            tally.memory_mib.append(await asyncio.to_thread(_memory_mib))
 
     watcher = asyncio.create_task(watch())
     started = time.monotonic()

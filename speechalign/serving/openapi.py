@@ -16,8 +16,8 @@ _REASONS = {
     422: "a parameter of the path is not valid",
     429: "too many requests; `Retry-After` says when to come back",
     500: "the server failed",
-    503: "the endpoint is being stopped",
-    504: "the policy did not speak in time",
+    503: "the endpoint is being stopped, or is not ready",
+    504: "the engine did not answer in time",
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error, "description": text} for status, text in _REASONS.items()

@@ -6,10 +6,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ from speechalign.serving.text import sentences
 from speechalign.serving.voices import Voice, Voices
 
 logger = logging.getLogger(__name__)
+
+AnswerT = TypeVar("AnswerT")
 
 
 class PolicyFace(Speaker, Protocol):
@@ -91,8 +93,13 @@ class SpeechService:
         self._sample_rate_hz = 0
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
-        """Return the facts of each policy."""
-        facts = await asyncio.gather(*[policy.facts() for policy in self._policies.values()])
+        """Return the facts of each policy.
+
+        Raises:
+            TimeoutError: one of them does not answer.
+        """
+        asked = [policy.facts() for policy in self._policies.values()]
+        facts = await self._in_time(asyncio.gather(*asked))
         return dict(zip(self._policies, facts, strict=True))
 
     async def order(self, request: SpeechRequest, key: ApiKey) -> Order:
@@ -100,6 +107,7 @@ class SpeechService:
 
         Raises:
             Problem: 400 or 404, with the field that cannot be served.
+            TimeoutError: the policy or the renderer does not answer.
         """
         most = key.max_input_characters or self.config.limits.max_input_characters
         if len(request.input) > most:
@@ -134,14 +142,22 @@ class SpeechService:
         )
 
     async def _ask_rate(self) -> int:
-        self._sample_rate_hz = await self._renderer.sample_rate_hz()
+        self._sample_rate_hz = await self._in_time(self._renderer.sample_rate_hz())
         return self._sample_rate_hz
+
+    async def _in_time(self, answer: Awaitable[AnswerT]) -> AnswerT:
+        """Return an answer of another process, unless it takes too long.
+
+        When a replica died and no other can be placed, Serve's handle waits for ever.
+        """
+        async with asyncio.timeout(self.config.streaming.piece_timeout_s):
+            return await answer
 
     async def _policy(self, model: str) -> tuple[PolicyFace, Mapping[str, Any]]:
         name, _, version = model.partition("@")
         if name not in self._policies:
             raise unknown_model(model, list(self._policies))
-        facts = await self._policies[name].facts()
+        facts = await self._in_time(self._policies[name].facts())
         if version and version != str(facts["version"]):
             raise unknown_model(model, [f"{name}@{facts['version']}"])
         return self._policies[name], facts
@@ -205,15 +221,20 @@ class SpeechService:
         """Refuse new streams, and return when the open ones have ended or `drain_s` is over."""
         self._is_draining = True
         end = time.monotonic() + self.config.drain_s
-        while self._num_streams and time.monotonic() < end:
+        while self._is_draining and self._num_streams and time.monotonic() < end:
             await asyncio.sleep(0.05)
+
+    def reopen(self) -> None:
+        """Let new streams in again: the endpoint was told to end, and then to go on."""
+        self._is_draining = False
 
     async def audio(self, order: Order) -> AsyncGenerator[bytes]:
         """Yield the bytes of the answer, none of them empty.
 
         Raises:
-            Problem: 500 when the policy said nothing, 504 when it was silent for too long; what
-                the engine raised otherwise.
+            Problem: 500 when the policy said nothing of a sentence.
+            TimeoutError: it was silent for too long.
+            Exception: what the engine raised otherwise.
         """
         request = order.request
         encoder = build_encoder(
@@ -223,15 +244,11 @@ class SpeechService:
             whole=is_sent_whole(request.response_format, request.stream),
         )
         tempo = Tempo(request.speed, order.sample_rate_hz)
-        num_samples = 0
         async with aclosing(self._measured(order)) as waves:
             async for wave_N in waves:
-                num_samples += len(wave_N)
                 chunk = await asyncio.to_thread(encoder.encode, tempo.change(wave_N))
                 if chunk:
                     yield chunk
-        if not num_samples:
-            raise failed("no_speech", "the policy said nothing; try another seed or text")
         rest_N = tempo.change(np.zeros(0, np.float32), is_last=True)
         rest = encoder.encode(rest_N) + encoder.finish()
         if rest:
@@ -289,7 +306,11 @@ class SpeechService:
     async def _waves(
         self, order: Order, tags: dict[str, str]
     ) -> AsyncGenerator[NDArray[np.float32]]:
-        """Yield all sentences; while one is heard the next one is spoken."""
+        """Yield all sentences; while one is heard the next one is spoken.
+
+        Raises:
+            Problem: the policy said nothing of a sentence; what is left would be another text.
+        """
         pause_N = np.zeros(round(self.config.streaming.pause_s * order.sample_rate_hz), np.float32)
         spoken = [self._sentence(order, 0)]
         try:
@@ -302,6 +323,8 @@ class SpeechService:
                 order.tally.num_frames += spoken[number].num_frames
                 if spoken[number].is_truncated:
                     self._telemetry.truncated.inc(tags=tags)
+                if not spoken[number].num_frames:
+                    raise failed("no_speech", "the policy said nothing; try another seed or text")
                 if number + 1 < len(order.phonemes) and len(pause_N):
                     yield pause_N
         finally:
@@ -324,12 +347,13 @@ class SpeechService:
 
         Raises:
             Problem: 400 or 409, saying why the clip or the name cannot be taken.
+            TimeoutError: the renderer does not answer.
         """
         reason = self.voices.can_take(name)
         if reason:
             raise invalid(reason, "name", "voice_exists", 409)
         try:
-            codes_KT, fingerprint = await self._renderer.encode(clip)
+            codes_KT, fingerprint = await self._in_time(self._renderer.encode(clip))
         except DataError as error:
             # Of another process comes an error whose text is Ray's traceback; its cause is ours.
             reason = str(getattr(error, "cause", error))
@@ -351,7 +375,7 @@ def as_problem(error: BaseException) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, TimeoutError):
-        return failed("timeout", "the policy did not speak in time; try again", 504)
+        return failed("timeout", "the engine did not answer in time; try again", 504)
     return failed("engine_failed", "the engine failed while it spoke; try again")
 
 

@@ -1,9 +1,12 @@
 """Many answers from one engine's thread: order, ends, swaps, deaths."""
 
 import asyncio
+import queue
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -25,7 +28,8 @@ class ScriptedEngine:
         self.said: dict[str, int] = {}
         self.aborted: list[str] = []
         self.versions: list[int] = []
-        self.may_step = threading.Event()
+        self.most_at_once = 0
+        self.is_stepping, self.may_step = threading.Event(), threading.Event()
         self.dies = self.fails = False
         if is_free:
             self.may_step.set()
@@ -46,7 +50,9 @@ class ScriptedEngine:
         self.said[answer_id] = 0
 
     def step(self) -> list[Piece]:
+        self.is_stepping.set()
         self.may_step.wait(10)
+        self.most_at_once = max(self.most_at_once, len(self.said))
         if self.dies:
             raise EngineDead("burnt out")
         if self.fails:
@@ -68,6 +74,11 @@ class ScriptedEngine:
             del self.said[answer_id]
 
 
+async def begun(engine: ScriptedEngine) -> None:
+    """Return when the engine makes an answer."""
+    assert await asyncio.to_thread(engine.is_stepping.wait, 10)
+
+
 async def tokens_of(streams: AnswerStreams, prompt: Sequence[int] = (1,)) -> list[int]:
     return [t async for piece in streams.answer(prompt, 0, PARAMS) for t in piece.token_ids]
 
@@ -78,11 +89,12 @@ def test_answers_are_made_side_by_side_and_each_hears_its_own_pieces():
 
     async def run() -> list[list[int]]:
         answers = [asyncio.create_task(tokens_of(streams)) for _ in range(3)]
-        await asyncio.sleep(0.1)
+        await begun(engine)
         engine.may_step.set()
         return await asyncio.gather(*answers)
 
     assert asyncio.run(run()) == [[10, 11, 12]] * 3
+    assert engine.most_at_once == 3
     streams.close()
 
 
@@ -94,7 +106,7 @@ def test_an_answer_that_nobody_hears_any_more_is_aborted():
         answer = streams.answer((1,), 0, PARAMS)
         engine.may_step.clear()
         first = asyncio.create_task(anext(answer))
-        await asyncio.sleep(0.1)
+        await begun(engine)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         engine.may_step.set()
@@ -112,11 +124,11 @@ def test_a_swap_waits_for_the_answers_in_the_making_and_later_ones_wait_for_it()
 
     async def run() -> int:
         early = asyncio.create_task(tokens_of(streams))
-        await asyncio.sleep(0.1)
+        await begun(engine)
         swap = asyncio.create_task(streams.load_policy(Path("7")))
         await asyncio.sleep(0)
         late = asyncio.create_task(tokens_of(streams))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)
         engine.may_step.set()
         await asyncio.gather(early, late)
         return await swap
@@ -159,9 +171,9 @@ def test_when_the_engine_dies_everybody_who_waits_is_told_and_later_ones_at_once
 
     async def run() -> list[object]:
         answers = [asyncio.create_task(tokens_of(streams)) for _ in range(2)]
-        await asyncio.sleep(0.1)
+        await begun(engine)
         swap = asyncio.create_task(streams.load_policy(Path("1")))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0)
         engine.dies = True
         engine.may_step.set()
         told = await asyncio.gather(*answers, return_exceptions=True)
@@ -171,6 +183,73 @@ def test_when_the_engine_dies_everybody_who_waits_is_told_and_later_ones_at_once
 
     assert [type(error) for error in asyncio.run(run())] == [EngineDead] * 4
     assert str(streams.death) == "burnt out"
+
+
+def test_an_order_that_comes_just_after_the_end_is_told_too(monkeypatch: pytest.MonkeyPatch):
+    class LateInbox(queue.SimpleQueue[Any]):
+        """Lets an order in when the thread has ended."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if item is not None:
+                streams.close()
+            super().put(item, block, timeout)
+
+    module = SimpleNamespace(SimpleQueue=LateInbox, Empty=queue.Empty)
+    monkeypatch.setattr("speechalign.generation.streams.queue", module)
+
+    async def load() -> int:
+        return await asyncio.wait_for(streams.load_policy(Path("1")), 10)
+
+    async def speak() -> list[int]:
+        return await asyncio.wait_for(tokens_of(streams), 10)
+
+    for order in (load, speak):
+        streams = AnswerStreams(ScriptedEngine())
+        with pytest.raises(EngineDead, match="the engine was closed"):
+            asyncio.run(order())
+
+
+def test_a_swap_that_nobody_waits_for_any_more_is_left_out_and_the_engine_lives():
+    engine = ScriptedEngine(is_free=False)
+    streams = AnswerStreams(engine)
+
+    async def run() -> list[list[int]]:
+        early = asyncio.create_task(tokens_of(streams))
+        await begun(engine)
+        await cancelled_swap(streams)
+        engine.may_step.set()
+        return [await early, await tokens_of(streams)]
+
+    assert asyncio.run(run()) == [[10, 11, 12]] * 2
+    assert engine.policy_version == 0
+    streams.close()
+
+
+def test_a_swap_that_nobody_waits_for_keeps_no_end_from_being_told():
+    engine = ScriptedEngine(is_free=False)
+    streams = AnswerStreams(engine)
+
+    async def run() -> list[int]:
+        early = asyncio.create_task(tokens_of(streams))
+        await begun(engine)
+        await cancelled_swap(streams)
+        late = asyncio.create_task(tokens_of(streams))
+        await asyncio.sleep(0)
+        engine.dies = True
+        engine.may_step.set()
+        with pytest.raises(EngineDead, match="burnt out"):
+            await early
+        return await asyncio.wait_for(late, 10)
+
+    with pytest.raises(EngineDead, match="burnt out"):
+        asyncio.run(run())
+
+
+async def cancelled_swap(streams: AnswerStreams) -> None:
+    swap = asyncio.create_task(streams.load_policy(Path("7")))
+    await asyncio.sleep(0)
+    swap.cancel()
+    await asyncio.gather(swap, return_exceptions=True)
 
 
 def test_a_failure_that_nobody_foresaw_ends_the_engine_and_not_in_silence():

@@ -1,6 +1,7 @@
 """What `speechalign serve` is told, and what it refuses before anything starts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -8,8 +9,10 @@ from typer.testing import CliRunner
 
 from speechalign.artifacts import committed_folder
 from speechalign.cli import app
-from speechalign.errors import ConfigError
+from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.serve import policies_of, read_endpoint
+from speechalign.policy.ar import load_ar
+from speechalign.policy.reward_model import RewardModel, save_reward_model
 from speechalign.serving.app import check_endpoint
 
 FILE = Path("jobs/serve-embedded-cpu.yaml")
@@ -72,6 +75,69 @@ def test_parts_of_another_codec_and_missing_parts_are_refused(tmp_path: Path):
     ):
         with pytest.raises(ConfigError, match=says):
             check_endpoint(read_endpoint(FILE, None, [override], None).config)
+
+
+def test_a_reward_model_of_another_codec_or_none_is_refused_before_a_process_starts(
+    tmp_path: Path,
+):
+    policy = load_ar(BASE)
+    model, fingerprint = RewardModel(policy.model), policy.facts["codec_fingerprint"]
+    for name, codec in (("good", fingerprint), ("other", "f" * 16)):
+        save_reward_model(tmp_path / name, model, policy.vocabulary, {"codec_fingerprint": codec})
+
+    def check(folder: Path) -> None:
+        override = f"policies.base.reward_model={folder}"
+        check_endpoint(read_endpoint(FILE, None, [override], None).config)
+
+    check(tmp_path / "good")
+    with pytest.raises(
+        DataError, match=f"other was trained on codec f+, the policy on {fingerprint}"
+    ):
+        check(tmp_path / "other")
+    for folder in (tmp_path / "none", BASE.resolve()):
+        with pytest.raises(ConfigError, match="reward model"):
+            check(folder)
+
+
+def test_what_the_file_says_of_the_proxies_is_said_to_serve():
+    told = read_endpoint(FILE, None, [], "127.0.0.1:9").to_serve()
+    assert told["http_options"] == {"host": "127.0.0.1", "port": 9, "keep_alive_timeout_s": 90}
+    assert told["proxy_location"] == "HeadOnly"
+
+
+def changed_file(folder: Path, top: dict[str, Any], application: dict[str, Any]) -> Path:
+    values = yaml.safe_load(FILE.read_text()) | top
+    values["applications"][0] |= application
+    (folder / "serve.yaml").write_text(yaml.safe_dump(values))
+    return folder / "serve.yaml"
+
+
+def test_where_the_proxies_are_and_their_certificate_are_carried(tmp_path: Path):
+    http_options = {"ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem"}
+    top = {"proxy_location": "EveryNode", "http_options": http_options}
+    endpoint = read_endpoint(changed_file(tmp_path, top, {}), None, [], None)
+    told = endpoint.to_serve()
+    assert told["proxy_location"] == "EveryNode"
+    assert told["http_options"] == http_options | {"host": "127.0.0.1", "port": 8000}
+    assert endpoint.address == "https://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    ("top", "application", "key"),
+    [
+        ({"grpc_options": {"port": 9000}}, {}, "grpc_options"),
+        ({}, {"deployments": [{"name": "speaker-base"}]}, "applications.deployments"),
+        ({}, {"runtime_env": {"env_vars": {"A": "1"}}}, "applications.runtime_env"),
+        ({}, {"import_path": "theirs:app"}, "applications.import_path"),
+        ({}, {"route_prefix": "/tts"}, "applications.route_prefix"),
+        ({}, {"name": "tts"}, "applications.name"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_its_name(
+    tmp_path: Path, top: dict[str, Any], application: dict[str, Any], key: str
+):
+    with pytest.raises(ConfigError, match=f"would ignore {key};"):
+        read_endpoint(changed_file(tmp_path, top, application), None, [], None)
 
 
 def test_a_swap_is_the_user_config_of_the_policys_deployment():

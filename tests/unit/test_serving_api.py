@@ -6,7 +6,9 @@ import io
 import json
 import shutil
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from starlette.types import Message
 
 from speechalign.artifacts import committed_folder, manifest_facts
 from speechalign.config.sampling import TransformersConfig
+from speechalign.config.serving import ServingConfig
 from speechalign.errors import ConfigError, DataError, EngineDead
 from speechalign.generation.base import GenerationRequest, SamplingParams
 from speechalign.generation.hf import TransformersEngine
@@ -29,6 +32,7 @@ from speechalign.policy.text import TextFrontend
 from speechalign.policy.vocabulary import EOS_ID
 from speechalign.seeds import derive_seed
 from speechalign.serving.api import build_api
+from speechalign.serving.app import Ingress
 from speechalign.serving.bodies import body_of
 from speechalign.serving.keys import ApiKey, Gate
 from speechalign.serving.problems import Problem
@@ -223,6 +227,97 @@ def mortal(tmp_path_factory: pytest.TempPathFactory) -> SpeechService:
     return SpeechService(config, {"base": Mortal(speaker)}, VoiceRenderer(config), Telemetry())
 
 
+class Deaf:
+    """A policy and a renderer whose processes are gone: Serve's handles wait for ever."""
+
+    async def _wait(self, *_: object) -> Any:
+        await asyncio.Event().wait()
+
+    facts = sample_rate_hz = encode = render = _wait
+
+    async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
+        yield await self._wait()
+
+
+def impatient(folder: Path) -> ServingConfig:
+    changes = {"streaming": {"piece_timeout_s": 0.1}, "limits": {"max_streams": 1}}
+    return serving_config(folder, **changes)
+
+
+def test_a_policy_that_never_answers_keeps_no_stream_and_the_endpoint_is_not_ready(tmp_path: Path):
+    service = SpeechService(impatient(tmp_path), {"base": Deaf()}, Deaf(), Telemetry())
+    with client_of(service) as client:
+        for _ in range(2):  # the second would be told 429 if the first still had the only slot
+            assert refused(client.post(SPEECH, json=LINE)) == (504, None, "timeout")
+        assert refused(client.get("/v1/models")) == (504, None, "timeout")
+        assert refused(client.get("/ready")) == (503, None, "not_ready")
+        assert client.get("/health").status_code == 200
+
+
+def test_a_renderer_that_never_answers_keeps_no_stream_and_no_upload(tmp_path: Path):
+    service = SpeechService(impatient(tmp_path), {"base": a_speaker()}, Deaf(), Telemetry())
+    with client_of(service) as client:
+        for _ in range(2):
+            assert refused(client.post(SPEECH, json=LINE)) == (504, None, "timeout")
+        assert refused(upload(client, clip(3.0))) == (504, None, "timeout")
+
+
+class Quiet:
+    """A speaker that says nothing of some sentences, and writes down what it was asked."""
+
+    def __init__(self, speaker: PolicySpeaker, *unsaid: str) -> None:
+        self._speaker = speaker
+        self._unsaid = [TextFrontend().phonemize(text) for text in unsaid]
+        self.asked: list[Ask] = []
+
+    async def facts(self) -> dict[str, Any]:
+        return await self._speaker.facts()
+
+    async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
+        self.asked.append(ask)
+        async for spoken in self._speaker.speak(ask):
+            if ask.phonemes not in self._unsaid:
+                yield spoken
+            elif spoken.is_last:
+                nothing = np.zeros((len(spoken.codes_kT), 0), np.int16)
+                yield Spoken(codes_kT=nothing, is_last=True, is_truncated=False)
+
+
+@contextmanager
+def quiet_client(speaker: Quiet) -> Iterator[TestClient]:
+    config = serving_config(Path("unused"))
+    service = SpeechService(config, {"base": speaker}, VoiceRenderer(config), Telemetry())
+    with client_of(service) as client:
+        yield client
+
+
+@pytest.mark.parametrize("unsaid", [("Yes.", "No."), ("Yes.",)], ids=["both", "first"])
+def test_a_text_of_which_nothing_is_said_is_no_pause_but_a_failure(unsaid: tuple[str, ...]):
+    with quiet_client(Quiet(a_speaker(), *unsaid)) as client:
+        for container in ("pcm", "wav"):
+            asked = LINE | {"input": "Yes. No.", "response_format": container, "stream": False}
+            assert refused(client.post(SPEECH, json=asked)) == (500, None, "no_speech")
+
+
+def test_a_later_sentence_of_which_nothing_is_said_is_not_left_out_in_silence():
+    with quiet_client(Quiet(a_speaker(), "No.")) as client:
+        asked = LINE | {"input": "Yes. No. Yes.", "response_format": "pcm"}
+        answer = client.post(SPEECH, json=asked | {"stream_format": "sse"})
+    assert answer.status_code == 200
+    events = [json.loads(one.removeprefix("data: ")) for one in answer.text.split("\n\n") if one]
+    assert {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
+    assert events[-1]["type"] == "speech.audio.error"
+    assert events[-1]["error"]["code"] == "no_speech"
+
+
+def test_the_version_that_a_model_names_is_asked_of_the_speaker_and_no_other_model_names_one():
+    speaker = Quiet(a_speaker())
+    with quiet_client(speaker) as client:
+        for model in ("base@0", "base"):
+            assert client.post(SPEECH, json=LINE | {"model": model}).status_code == 200
+    assert [ask.version for ask in speaker.asked] == [0, None]
+
+
 LONGER = LINE | {"input": "The harbour was quiet in the morning.", "response_format": "wav"}
 
 
@@ -394,6 +489,22 @@ def test_an_endpoint_that_ends_lets_nobody_in_and_waits_for_open_streams(tmp_pat
     assert answer.headers["Retry-After"] == "2"
 
 
+def test_an_endpoint_that_goes_on_after_all_lets_streams_in_and_waits_for_none(tmp_path: Path):
+    service = SpeechService(serving_config(tmp_path), {}, Deaf(), Telemetry())
+    ingress: Any = SimpleNamespace(_service=service)
+
+    async def drained_and_reopened() -> None:
+        async with service.slot():
+            draining = asyncio.create_task(Ingress.reconfigure(ingress, {"is_draining": True}))
+            await asyncio.sleep(0)
+            await Ingress.reconfigure(ingress, {"is_draining": False})
+            await asyncio.wait_for(draining, 5)
+            async with service.slot():
+                pass
+
+    asyncio.run(drained_and_reopened())
+
+
 def a_speaker(path: str = "speechalign/assets/ar") -> PolicySpeaker:
     speaker = PolicySpeaker(serving_config(Path("unused")))
     asyncio.run(speaker.reconfigure({"path": path}))
@@ -426,6 +537,28 @@ def test_a_policy_that_cannot_take_the_place_is_refused_and_the_old_one_speaks(
     facts = asyncio.run(speaker.facts())
     assert (facts["version"], facts["refused"]) == (1, "")
     speaker.check_health()
+
+
+def test_a_reward_model_of_another_codec_is_refused_and_the_old_one_chooses(
+    tmp_path: Path, choosing: SpeechService
+):
+    served = choosing.config.policies["base"].model_dump(mode="json")
+    policy = load_ar(ASSETS_AR)
+    other = {"codec_fingerprint": "f" * 16}
+    save_reward_model(tmp_path / "rm", RewardModel(policy.model), policy.vocabulary, other)
+    next_one = str(another_policy(tmp_path / "next"))
+    speaker = PolicySpeaker(choosing.config)
+    changed = {"path": next_one, "reward_model": str(tmp_path / "rm")}
+    with pytest.raises(DataError, match=r"trained on codec f+, the policy on"):
+        asyncio.run(speaker.reconfigure(changed))
+    asyncio.run(speaker.reconfigure(served))
+    asyncio.run(speaker.reconfigure(changed))
+    facts = asyncio.run(speaker.facts())
+    assert (facts["version"], facts["can_choose"]) == (0, True)
+    assert f"{next_one} was refused: reward model {tmp_path / 'rm'}" in facts["refused"]
+    asyncio.run(speaker.reconfigure(served | {"path": next_one}))
+    facts = asyncio.run(speaker.facts())
+    assert (facts["version"], facts["refused"]) == (1, "")
 
 
 def test_who_asked_for_a_version_hears_no_other(tmp_path: Path, service: SpeechService):

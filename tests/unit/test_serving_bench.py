@@ -1,6 +1,8 @@
 """What the benchmark of the endpoint counts, on scripted answers."""
 
 import asyncio
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 
@@ -11,6 +13,11 @@ from speechalign.serving.bench import Refused, Speak, Tally, load, outage, summa
 
 RATE_HZ = 1000
 SECOND = bytes(2 * RATE_HZ)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speechalign.serving.bench._memory_mib", lambda: 0.0)
 
 
 def script(*answers: list[bytes | float | Exception]) -> Speak:
@@ -60,6 +67,21 @@ def test_refused_and_broken_answers_are_counted_apart_and_are_no_speech():
 
 def test_every_client_asks_at_once():
     assert measured(script([0.1, SECOND]), num_clients=5).statuses == Counter({200: 5})
+
+
+def test_clients_do_not_wait_while_the_memory_is_looked_at(monkeypatch: pytest.MonkeyPatch):
+    threads: list[threading.Thread] = []
+
+    def slow() -> float:
+        threads.append(threading.current_thread())
+        time.sleep(0.2)
+        return 1.0
+
+    monkeypatch.setattr("speechalign.serving.bench._memory_mib", slow)
+    tally = measured(script([0.1, SECOND]))
+    assert tally.statuses == Counter({200: 1})
+    assert tally.memory_mib == [1.0]
+    assert threading.main_thread() not in threads
 
 
 def test_an_outage_lasts_from_the_kill_to_the_next_sound():
