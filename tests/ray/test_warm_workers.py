@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import WorkerCrashedError
 
 pytestmark = [
     pytest.mark.ray,
@@ -29,5 +30,5 @@ def test_a_worker_that_fails_is_seen_by_ray():
     def end() -> None:
         os._exit(7)
 
-    with pytest.raises(ray.exceptions.WorkerCrashedError):
+    with pytest.raises(WorkerCrashedError):
         ray.get(end.remote())

@@ -25,7 +25,11 @@ def test_a_pair_that_only_keeps_the_ranks_in_step_is_computed_like_one_that_coun
     pairs = some_pairs(3)
     comparison = PairComparison(config, engine, pairs, stack.ar, tmp_path / "reference")
     forwards: list[int] = []
-    model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def count(*_: object) -> None:
+        forwards.append(1)
+
+    model.register_forward_hook(count)
 
     def num_forwards(num_counted: int) -> int:
         forwards.clear()

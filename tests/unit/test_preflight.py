@@ -43,7 +43,13 @@ def test_a_gpu_may_be_shared(
     stack: TinyStack, monkeypatch: pytest.MonkeyPatch, device: str, share: float | None
 ):
     made: list[dict[str, object]] = []
-    module = SimpleNamespace(LLM=lambda **settings: made.append(settings))
-    monkeypatch.setattr(vllm, "_import_vllm", lambda config: module)
+
+    def llm(**settings: object) -> None:
+        made.append(settings)
+
+    def import_vllm(config: VllmConfig) -> SimpleNamespace:
+        return SimpleNamespace(LLM=llm)
+
+    monkeypatch.setattr(vllm, "_import_vllm", import_vllm)
     vllm.VllmEngine(stack.ar, VllmConfig.model_validate({"device": device}))
     assert made[0].get("gpu_memory_utilization") == share

@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import shutil
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,13 +230,15 @@ def mortal(tmp_path_factory: pytest.TempPathFactory) -> SpeechService:
 class Deaf:
     """A policy and a renderer whose processes are gone: Serve's handles wait for ever."""
 
-    async def _wait(self, *_: object) -> Any:
-        await asyncio.Event().wait()
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        async def wait(*_: object) -> None:
+            await asyncio.Event().wait()
 
-    facts = sample_rate_hz = encode = render = _wait
+        return wait
 
-    async def speak(self, ask: Ask) -> AsyncGenerator[Spoken]:
-        yield await self._wait()
+
+def deaf() -> Any:
+    return Deaf()
 
 
 def impatient(folder: Path) -> ServingConfig:
@@ -245,7 +247,7 @@ def impatient(folder: Path) -> ServingConfig:
 
 
 def test_a_policy_that_never_answers_keeps_no_stream_and_the_endpoint_is_not_ready(tmp_path: Path):
-    service = SpeechService(impatient(tmp_path), {"base": Deaf()}, Deaf(), Telemetry())
+    service = SpeechService(impatient(tmp_path), {"base": deaf()}, deaf(), Telemetry())
     with client_of(service) as client:
         for _ in range(2):  # the second would be told 429 if the first still had the only slot
             assert refused(client.post(SPEECH, json=LINE)) == (504, None, "timeout")
@@ -255,7 +257,7 @@ def test_a_policy_that_never_answers_keeps_no_stream_and_the_endpoint_is_not_rea
 
 
 def test_a_renderer_that_never_answers_keeps_no_stream_and_no_upload(tmp_path: Path):
-    service = SpeechService(impatient(tmp_path), {"base": a_speaker()}, Deaf(), Telemetry())
+    service = SpeechService(impatient(tmp_path), {"base": a_speaker()}, deaf(), Telemetry())
     with client_of(service) as client:
         for _ in range(2):
             assert refused(client.post(SPEECH, json=LINE)) == (504, None, "timeout")
@@ -490,7 +492,7 @@ def test_an_endpoint_that_ends_lets_nobody_in_and_waits_for_open_streams(tmp_pat
 
 
 def test_an_endpoint_that_goes_on_after_all_lets_streams_in_and_waits_for_none(tmp_path: Path):
-    service = SpeechService(serving_config(tmp_path), {}, Deaf(), Telemetry())
+    service = SpeechService(serving_config(tmp_path), {}, deaf(), Telemetry())
     ingress: Any = SimpleNamespace(_service=service)
 
     async def drained_and_reopened() -> None:

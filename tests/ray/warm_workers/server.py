@@ -48,7 +48,7 @@ class Server:
         """Return None when all is over, and in a forked process what it shall be."""
         os.set_blocking(self.death, False)
         signal.set_wakeup_fd(self.death)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # the pipe wakes the loop
+        signal.signal(signal.SIGCHLD, wake)
         while True:
             for key, _ in self.selector.select():
                 if key.fileobj is sys.stdin:
@@ -97,6 +97,10 @@ class Server:
             # Ray may have ended the launcher before its worker.
             with self.launchers.pop(pid) as launcher, suppress(OSError):
                 launcher.send(bytes([code if code >= 0 else 128 - code]))
+
+
+def wake(number: int, frame: object) -> None:
+    """Do nothing: the pipe has a byte of the signal, and that wakes the loop."""
 
 
 def be_worker(request: dict[str, Any]) -> None:
