@@ -29,6 +29,7 @@ def serving_config(uploads: Path, **changes: Any) -> ServingConfig:
         "engine": {"kind": "transformers"},
         "speaking": {"max_new_tokens": 150, "temperature": 0.7},
         "rendering": {"num_levels": 3},
+        "streaming": {"piece_timeout_s": 120.0},  # 30 s were too few once, on a starved machine
         "voices": {
             "golden": "speechalign/assets/golden.parquet",
             "aliases": {"alloy": "hibari-h00"},
