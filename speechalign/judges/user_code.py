@@ -64,7 +64,7 @@ class UserReward:
         create = load_user_class(config)
         try:
             self._reward = create(**config.arguments)
-        except Exception as error:
+        except Exception as error:  # the user's code may raise anything
             raise ConfigError(
                 f"judge {config.name!r}: {config.target} cannot be created: "
                 f"{type(error).__name__}: {error}"
