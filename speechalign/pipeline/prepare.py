@@ -77,8 +77,8 @@ def run_prepare(config: PrepareConfig) -> str:
         DataError: not one recording was usable; the reasons are in the message.
         RunLocked: another process writes there.
     """
-    with held_output(config.output):
-        if not is_committed(config.output):
+    if not is_committed(config.output):
+        with held_output(config.output):
             _prepare(config)
     if verify_folder(config.output).get(MADE_BY) != _made_by(config):
         raise ConfigError(

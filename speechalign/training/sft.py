@@ -74,6 +74,8 @@ def run_training(config: TrainingConfig) -> Path:
         RunLocked: another process trains it.
         Diverged: the loss stopped being finite.
     """
+    if is_committed(config.output):  # nobody writes it any more, and its folder may be read-only
+        return _train_or_keep(config)
     with held_output(config.output):
         return _train_or_keep(config)
 

@@ -7,6 +7,7 @@ import pytest
 from speechalign.artifacts import committed_folder
 from speechalign.config.training import RewardModelConfig, SftArConfig
 from speechalign.errors import ConfigError
+from speechalign.locks import held_output
 from speechalign.training.sft import IDENTITY, identity_of, run_training
 
 
@@ -49,7 +50,8 @@ def test_a_finished_model_of_other_settings_is_not_taken_for_this_one(tmp_path: 
     config = a_config(a_file(tmp_path / "golden.parquet"))
     with committed_folder(config.output, {IDENTITY: identity_of(config)}):
         pass
-    assert run_training(config) == config.output
+    with held_output(config.output):  # it is only read
+        assert run_training(config) == config.output
     with pytest.raises(ConfigError, match="other data or settings"):
         run_training(config.model_copy(update={"seed": 1}))
 
