@@ -123,8 +123,26 @@ def reward_model(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun
 
 
 @app.command()
+def ballot(  # noqa: PLR0913 - a command's flags are its parameters
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("ballot.html"),
+    iteration: Annotated[int, typer.Option(min=1, help="Whose samples.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="How many comparisons.")] = 40,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a page on which people compare the samples of a run; `votes` reads their choices."""
+    from speechalign.pipeline.ballot import write_ballot
+
+    config = _resolved(AlignConfig, recipe, overrides, dry_run=dry_run)
+    written = write_ballot(config, output, iteration=iteration, count=count)
+    out.print(written, soft_wrap=True, markup=False)
+
+
+@app.command()
 def votes(
-    file: Annotated[Path, typer.Argument(help="JSON lines or CSV: prompt_id, chosen, rejected.")],
+    file: Annotated[Path, typer.Argument(help="Of `ballot`, or CSV: prompt_id, chosen, rejected.")],
     scored: Annotated[Path, typer.Argument(help="The samples, RUN/iteration-1/scored.")],
     output: Annotated[Path, typer.Argument(help="A new folder, for `reward-model`.")],
 ) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from speechalign.artifacts import write_json_atomically
-from speechalign.errors import RunLocked
+from speechalign.errors import ConfigError, RunLocked
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,28 @@ def held_output(output: Path) -> Iterator[None]:
     """Be the only one who makes an artifact; its lock lies beside it.
 
     Raises:
+        ConfigError: the folder that it goes to cannot be written.
         RunLocked: another live process makes it.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_writable(output.parent)
     with held(output, output.with_name(f".{output.name}.lock")):
         yield
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is not there, and try to write a file into it.
+
+    Raises:
+        ConfigError: that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); write to another folder"
+        ) from None
 
 
 def _owner_of(lock: Path) -> Any:

@@ -1,17 +1,12 @@
 """One HTML file that opens offline: the table, the plots, and the sound of before and after."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-
-import jinja2
-import soundfile as sf
 
 from speechalign.evaluation.distribution_gap import TokenClouds, separation_lines
 from speechalign.evaluation.heard_gap import HeardGap, heard_rows
+from speechalign.evaluation.pages import sound_url, write_page
 from speechalign.evaluation.plots import (
     metric_over_iterations,
     time_split,
@@ -19,7 +14,6 @@ from speechalign.evaluation.plots import (
     training_curves,
 )
 from speechalign.evaluation.summary import METRICS, Differences, Summary, table_rows
-from speechalign.rows import waveform_from_pcm
 
 TEMPLATE = "report.html.j2"
 
@@ -72,24 +66,20 @@ class ReportInputs:
 
 def write_report(inputs: ReportInputs, path: Path) -> None:
     """Write the page, whole or not at all."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    source = (files("speechalign.evaluation") / TEMPLATE).read_text()
-    page = environment.from_string(source).render(
-        title=inputs.title,
-        facts=inputs.facts,
-        table=table_rows([*inputs.ceilings, *inputs.iterations], inputs.differences),
-        verdict=inputs.verdict,
-        metric_plots=_metric_plots(inputs.iterations),
-        trainings=[(title, training_curves(rows)) for title, rows in inputs.trainings],
-        time_plot=time_split(inputs.stage_seconds) if inputs.stage_seconds else "",
-        listening=[_for_page(item) for item in inputs.listening],
-        heard_gap=heard_rows(inputs.heard_gap) if inputs.heard_gap else [],
-        clouds=_cloud_plots(inputs.clouds) if inputs.clouds else [],
-        separations=separation_lines(inputs.clouds) if inputs.clouds else [],
-    )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page)
-    partial.replace(path)
+    values = {
+        "title": inputs.title,
+        "facts": inputs.facts,
+        "table": table_rows([*inputs.ceilings, *inputs.iterations], inputs.differences),
+        "verdict": inputs.verdict,
+        "metric_plots": _metric_plots(inputs.iterations),
+        "trainings": [(title, training_curves(rows)) for title, rows in inputs.trainings],
+        "time_plot": time_split(inputs.stage_seconds) if inputs.stage_seconds else "",
+        "listening": [_for_page(item) for item in inputs.listening],
+        "heard_gap": heard_rows(inputs.heard_gap) if inputs.heard_gap else [],
+        "clouds": _cloud_plots(inputs.clouds) if inputs.clouds else [],
+        "separations": separation_lines(inputs.clouds) if inputs.clouds else [],
+    }
+    write_page(TEMPLATE, values, path)
 
 
 def _metric_plots(iterations: Sequence[Summary]) -> list[str]:
@@ -124,14 +114,8 @@ def _for_page(item: Listening) -> dict[str, object]:
             "label": player.label,
             "note": player.note,
             "heard": player.heard,
-            "source": _data_url(player),
+            "source": sound_url(player.pcm, player.sample_rate_hz),
         }
         for player in item.players
     ]
     return {"text": item.text, "speaker": item.speaker_id, "players": players}
-
-
-def _data_url(player: Player) -> str:
-    buffer = io.BytesIO()
-    sf.write(buffer, waveform_from_pcm(player.pcm), player.sample_rate_hz, format="FLAC")
-    return "data:audio/flac;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -63,11 +63,14 @@ def run_align(config: AlignConfig, *, until: StageName = "report") -> Outcome:
         run.stage("prompts", lambda folder: write_prompts(config, folder))
         for number in range(1, config.pipeline.iterations + 1):
             iteration = Iteration(config, run, number)
-            stopped = iteration.run(until)
-            if stopped is not None:
-                return Outcome(text=f"{until}: {stopped}", folder=stopped)
+            reached = iteration.run(until)
+            if reached is not None:
+                return Outcome(text=f"{until}: {reached}", folder=reached)
             if judge_iterations(config).stopped_after is not None:
                 logger.warning("a guard stops the run after iteration %d", number)
+                if until != "report":
+                    last = config.run_dir / f"iteration-{number}" / until
+                    return Outcome(text=f"{until}: {last}, the last one", folder=last)
                 break
         verdict = judge_iterations(config)
         best = policy_after(config, verdict.best)
@@ -88,45 +91,40 @@ class Iteration:
         self.policy_before = policy_after(config, number - 1)
 
     def run(self, until: StageName) -> Path | None:
-        """Run the stages; return the folder of `until` if it is the one that was produced."""
+        """Run the stages; return the folder of `until` if the command ends with it.
+
+        It does where that stage was produced now, or no later iteration has one to produce.
+        """
         config, name = self._config, f"iteration-{self._number}"
-        if config.training.method == "best_of_n":
-            if until not in ("evaluation", "report"):
-                raise ConfigError("best_of_n has no samples, pairs or training; evaluate it")
-            self._run.stage(f"{name}/evaluation", self._evaluate)
-            return None
-        if isinstance(config.training, OnlineTrainingConfig):
-            return self._run_online(until)
-        stages: dict[str, Callable[[Path], None]] = {
-            "samples": lambda folder: write_samples(
-                config, self._number, self.policy_before, folder
-            ),
-            "scored": lambda folder: write_scored(config, self._number, self.policy_before, folder),
-            "pairs": lambda folder: write_pairs(config, self._number, folder),
-            "policy": self._train,
-            "evaluation": self._evaluate,
-        }
+        stages = self._stages()
+        if until not in (*stages, "report"):
+            raise ConfigError(
+                f"{config.training.method} has no stage {until!r}; its stages are "
+                f"{', '.join(stages)}, and `align` runs all"
+            )
         for stage, produce in stages.items():
             if stage == "samples" and until != "samples":
                 continue  # sampled, rendered and judged in one stream, unless asked otherwise
             was_finished = is_committed(config.run_dir / name / stage)
             folder = self._run.stage(f"{name}/{stage}", produce)
-            if stage == until and not was_finished:
+            if stage == until and not (was_finished and self._number < config.pipeline.iterations):
                 return folder
         return None
 
-    def _run_online(self, until: StageName) -> Path | None:
-        config, name = self._config, f"iteration-{self._number}"
-        if until in ("samples", "scored", "pairs"):
-            raise ConfigError(
-                f"{config.training.method} samples while it trains; run `train` or `evaluate`"
-            )
-        was_finished = is_committed(config.run_dir / name / "policy")
-        folder = self._run.stage(f"{name}/policy", self._train_online)
-        if until == "policy" and not was_finished:
-            return folder
-        self._run.stage(f"{name}/evaluation", self._evaluate)
-        return None
+    def _stages(self) -> dict[str, Callable[[Path], None]]:
+        config, number = self._config, self._number
+        evaluation = {"evaluation": self._evaluate}
+        if config.training.method == "best_of_n":
+            return evaluation
+        if isinstance(config.training, OnlineTrainingConfig):
+            return {"policy": self._train_online, **evaluation}
+        return {
+            "samples": lambda folder: write_samples(config, number, self.policy_before, folder),
+            "scored": lambda folder: write_scored(config, number, self.policy_before, folder),
+            "pairs": lambda folder: write_pairs(config, number, folder),
+            "policy": self._train,
+            **evaluation,
+        }
 
     def _train_online(self, folder: Path) -> None:
         train_online(

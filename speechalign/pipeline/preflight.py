@@ -67,7 +67,8 @@ def check_run(config: AlignConfig) -> None:
         if isinstance(judge, HttpJudgeConfig):
             headers_of(judge)
         if isinstance(judge, RewardModelJudgeConfig):
-            _check_reward_model(judge.path, build_codec(config.codec).fingerprint)
+            fingerprint = build_codec(config.codec).fingerprint
+            load_reward_model(judge.path, codec_fingerprint=fingerprint)
 
 
 def check_judge_names(judges: Sequence[JudgeConfig]) -> None:
@@ -87,15 +88,6 @@ def check_judge_names(judges: Sequence[JudgeConfig]) -> None:
                 "which is taken; give it another name"
             )
         taken |= columns
-
-
-def _check_reward_model(path: Path, fingerprint: str) -> None:
-    found = load_reward_model(path).facts["codec_fingerprint"]
-    if found != fingerprint:
-        raise DataError(
-            f"reward model {path} was trained on codec {found}, this run's codec is "
-            f"{fingerprint}; train it again: `speechalign reward-model`"
-        )
 
 
 def check_artifacts(config: AlignConfig) -> str:

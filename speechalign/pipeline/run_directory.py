@@ -24,7 +24,7 @@ from speechalign.artifacts import (
 )
 from speechalign.config.load import config_hash, dump_yaml
 from speechalign.errors import ConfigError, DataError
-from speechalign.locks import held
+from speechalign.locks import held, make_writable
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,7 @@ def open_run(path: Path, config: BaseModel) -> Iterator[RunDirectory]:
         ConfigError: the folder cannot be written, or holds a run with another config.
         RunLocked: another live process holds it.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"run directory {path} cannot be written ({error.strerror}); choose another run_dir"
-        ) from None
+    make_writable(path)
     with held(path, path / "lock"):
         _record_config(path / "config.yaml", config)
         yield RunDirectory(path=path, config_hash=config_hash(config))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from speechalign.artifacts import committed_folder, verify_folder
-from speechalign.errors import ConfigError
+from speechalign.errors import ConfigError, DataError
 from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.logprobs import answer_logprobs, token_entropies
@@ -112,18 +112,32 @@ def save_reward_model(
         vocabulary.save(partial / VOCABULARY)
 
 
-def load_reward_model(folder: Path, *, device: str = "cpu") -> LoadedRewardModel:
+def load_reward_model(
+    folder: Path, *, codec_fingerprint: str | None = None, device: str = "cpu"
+) -> LoadedRewardModel:
     """Load a reward model after its files were checked against the manifest.
+
+    Args:
+        folder: what `save_reward_model` wrote.
+        codec_fingerprint: the codec of what it will judge, where that is known.
+        device: where it goes.
 
     Raises:
         ConfigError: the folder holds no reward model.
         CorruptArtifact: a file differs from the manifest.
+        DataError: it was trained on another codec.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} holds no reward model; train one: `speechalign reward-model`")
     facts = verify_folder(folder)
     if facts.get("kind") != "reward_model":
         raise ConfigError(f"{folder} holds a {facts.get('kind')!r} artifact, not a reward model")
+    found = facts["codec_fingerprint"]
+    if codec_fingerprint not in (None, found):
+        raise DataError(
+            f"reward model {folder} was trained on codec {found}, and has to judge codes of codec "
+            f"{codec_fingerprint}; train it again: `speechalign reward-model`"
+        )
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

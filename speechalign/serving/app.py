@@ -21,11 +21,12 @@ from speechalign.codec.build import build_codec
 from speechalign.config.load import validated
 from speechalign.config.serving import ReplicasConfig, ServingConfig
 from speechalign.policy.ar import check_ar
+from speechalign.policy.reward_model import load_reward_model
 from speechalign.serving.api import build_api
 from speechalign.serving.keys import Gate, read_keys
 from speechalign.serving.renderer import VoiceRenderer
 from speechalign.serving.service import SpeechService
-from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken, load_chooser
+from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken
 from speechalign.serving.telemetry import Telemetry
 from speechalign.serving.voices import golden_voices
 from speechalign.serving.windows import Heard, Window
@@ -76,7 +77,7 @@ def check_endpoint(config: ServingConfig) -> None:
         facts = check_ar(policy.path)
         check_fingerprint(facts["codec_fingerprint"], fingerprint, "the codec")
         if policy.reward_model is not None:
-            load_chooser(policy.reward_model, facts["codec_fingerprint"])
+            load_reward_model(policy.reward_model, codec_fingerprint=fingerprint)
 
 
 def _deployment(cls: type[Any], name: str, replicas: ReplicasConfig, config: ServingConfig) -> Any:

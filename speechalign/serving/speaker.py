@@ -97,7 +97,7 @@ class PolicySpeaker:
         rewards = None
         if served.reward_model is not None:
             fingerprint = manifest_facts(served.path)["codec_fingerprint"]
-            rewards = load_chooser(served.reward_model, fingerprint)
+            rewards = load_reward_model(served.reward_model, codec_fingerprint=fingerprint)
         if self._streams is None:
             engine = build_generation_engine(served.path, self._config.engine)
             self._streams = AnswerStreams(engine)
@@ -216,24 +216,6 @@ class PolicySpeaker:
             is_last=piece.is_last,
             is_truncated=piece.is_truncated,
         )
-
-
-def load_chooser(folder: Path, fingerprint: str) -> LoadedRewardModel:
-    """Load the reward model that chooses among the answers of a policy of some codec.
-
-    Raises:
-        ConfigError: the folder holds no reward model.
-        CorruptArtifact: a file of it differs from the manifest.
-        DataError: it was trained on another codec.
-    """
-    rewards = load_reward_model(folder)
-    found = rewards.facts["codec_fingerprint"]
-    if found != fingerprint:
-        raise DataError(
-            f"reward model {folder} was trained on codec {found}, the policy on {fingerprint}; "
-            "train it again: `speechalign reward-model`"
-        )
-    return rewards
 
 
 def _check_same_shape(old: Path, new: Path) -> None:

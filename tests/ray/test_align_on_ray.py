@@ -63,6 +63,19 @@ def test_stages_one_by_one_make_what_one_command_makes(
     assert tables[0].equals(tables[1])
 
 
+def test_a_stage_that_all_iterations_have_is_not_gone_beyond(
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
+):
+    config = tiny_recipe(stack, tmp_path / "run")
+    finished.start_from(config, "prompts", "iteration-1/scored", "iteration-1/pairs")
+    outcome = run_align(config, until="pairs")
+    assert outcome.folder == config.run_dir / "iteration-1" / "pairs"
+    assert sorted(path.name for path in (config.run_dir / "iteration-1").iterdir()) == [
+        "pairs",
+        "scored",
+    ]
+
+
 def test_more_workers_than_the_machine_has_are_refused_before_anything_is_sampled(
     stack: TinyStack, tmp_path: Path
 ):

@@ -115,8 +115,10 @@ def test_a_guard_stops_the_run_keeps_the_start_and_stops_it_again(
     config = tiny_recipe(stack, tmp_path / "run", pipeline=pipeline)
     finished.start_from(config, "prompts", "iteration-0", "iteration-1")
     lengthen(config, 1)
-    outcome = run_align(config)
     run = config.run_dir
+    assert run_align(config, until="evaluation").folder == run / "iteration-1" / "evaluation"
+    assert not (run / "best").exists()  # one stage was asked for, and the report is another
+    outcome = run_align(config)
     assert not (run / "iteration-2").exists()
     best = verify_folder(run / "best")
     assert (best["iteration"], best["stopped_after"]) == (0, 1)

@@ -83,7 +83,7 @@ def test_a_policy_is_trained_on_its_own_answers(
 
 def test_online_methods_have_no_pairs_to_ask_for(stack: TinyStack, tmp_path: Path):
     config = a_recipe(stack, tmp_path / "run", method="grpo")
-    with pytest.raises(ConfigError, match="grpo samples while it trains"):
+    with pytest.raises(ConfigError, match="grpo has no stage"):
         run_align(config, until="pairs")
 
 

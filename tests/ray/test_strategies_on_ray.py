@@ -91,7 +91,7 @@ def test_best_of_n_trains_nothing_and_lets_the_reward_choose(stack: TinyStack, t
 
 def test_a_stage_that_best_of_n_does_not_have_cannot_be_asked_for(stack: TinyStack, tmp_path: Path):
     config = a_recipe(stack, tmp_path / "run", "best_of_n", best_of=3)
-    with pytest.raises(ConfigError, match="best_of_n has no samples, pairs or training"):
+    with pytest.raises(ConfigError, match="best_of_n has no stage"):
         run_align(config, until="policy")
 
 

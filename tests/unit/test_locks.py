@@ -12,7 +12,7 @@ from speechalign import locks
 from speechalign.artifacts import write_json_atomically
 from speechalign.config.prepare import PrepareConfig
 from speechalign.config.training import SftArConfig
-from speechalign.errors import RunLocked
+from speechalign.errors import ConfigError, RunLocked
 from speechalign.locks import held, held_output
 from speechalign.pipeline.prepare import run_prepare
 from speechalign.training.sft import run_training
@@ -114,3 +114,12 @@ def test_an_output_that_another_process_makes_is_left_alone(tmp_path: Path):
         with pytest.raises(RunLocked, match="output is held by process"):
             run_prepare(preparation)
     assert list(output.parent.iterdir()) == []
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"file/new cannot be written \(Not a directory\)"),
+        held_output(tmp_path / "file" / "new" / "output"),
+    ):
+        pass

@@ -91,7 +91,8 @@ def test_a_reward_model_of_another_codec_or_none_is_refused_before_a_process_sta
 
     check(tmp_path / "good")
     with pytest.raises(
-        DataError, match=f"other was trained on codec f+, the policy on {fingerprint}"
+        DataError,
+        match=f"other was trained on codec f+, and has to judge codes of codec {fingerprint}",
     ):
         check(tmp_path / "other")
     for folder in (tmp_path / "none", BASE.resolve()):

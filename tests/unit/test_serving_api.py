@@ -551,7 +551,7 @@ def test_a_reward_model_of_another_codec_is_refused_and_the_old_one_chooses(
     next_one = str(another_policy(tmp_path / "next"))
     speaker = PolicySpeaker(choosing.config)
     changed = {"path": next_one, "reward_model": str(tmp_path / "rm")}
-    with pytest.raises(DataError, match=r"trained on codec f+, the policy on"):
+    with pytest.raises(DataError, match=r"trained on codec f+, and has to judge"):
         asyncio.run(speaker.reconfigure(changed))
     asyncio.run(speaker.reconfigure(served))
     asyncio.run(speaker.reconfigure(changed))
