@@ -1,8 +1,8 @@
 """The `speechalign` command: a recipe, overrides, and one verb.
 
 Most verbs take a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
-2 a mistake in the config, 3 bad data, 4 training diverged, 143 stopped by SIGTERM (finished stages
-and a training's state are kept), 1 anything else on purpose.
+1 another failure, 2 a mistake in the config, 3 bad data, 4 training diverged, 130 `submit` left,
+143 stopped by SIGTERM (finished stages and a training's state are kept).
 """
 
 import logging
@@ -31,9 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-clusters = typer.Typer(help="Cluster and application files.", no_args_is_help=True)
+clusters = typer.Typer(help="Check cluster and Serve files.", no_args_is_help=True)
 app.add_typer(clusters, name="clusters")
-bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmarks of this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -44,7 +44,8 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe, e.g. one of jobs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides, e.g. training.loss.beta=0.2")
+    list[str] | None,
+    typer.Argument(help="E.g. training.loss.beta=0.2", metavar="[KEY=VALUE]..."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")]
 
@@ -54,9 +55,11 @@ def doctor(
     recipe: Recipe = Path("jobs/align-embedded-cpu.yaml"),
     overrides: Overrides = None,
     *,
-    speak: Annotated[bool, typer.Option(help="Start the engine and say a sentence.")] = True,
+    speak: Annotated[
+        bool, typer.Option(help="Also start Ray and the engine, and let the policy say a sentence.")
+    ] = True,
 ) -> None:
-    """Say whether this machine can run a recipe, before anything is started."""
+    """Check whether this machine can run a recipe: versions, storage, models, CPUs, the engine."""
     from speechalign.pipeline.doctor import examine
 
     config = load_config(AlignConfig, recipe, overrides or [])
@@ -154,43 +157,43 @@ def votes(
 
 @app.command()
 def sample(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Let the policy speak: prompts to samples in token ids."""
+    """Sample answers to the prompts, in the next iteration without them; tokens only, no sound."""
     _run_until("samples", recipe, overrides, dry_run=dry_run)
 
 
 @app.command()
 def judge(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Render the samples and let the judges listen."""
+    """Sample, render and judge, in the next iteration where that is not finished."""
     _run_until("scored", recipe, overrides, dry_run=dry_run)
 
 
 @app.command()
 def pair(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Turn judged samples into preference pairs."""
+    """Make preference pairs, in the next iteration without them; samples if need be."""
     _run_until("pairs", recipe, overrides, dry_run=dry_run)
 
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Train the policy on the pairs."""
+    """Train the policy, in the next iteration without one; makes its pairs if need be."""
     _run_until("policy", recipe, overrides, dry_run=dry_run)
 
 
 @app.command()
 def evaluate(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Measure the newest policy on held-out texts and speakers."""
+    """Measure the policy of the next iteration on held-out prompts; trains it if need be."""
     _run_until("evaluation", recipe, overrides, dry_run=dry_run)
 
 
 @app.command()
 def align(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Run every stage: sample, judge, pair, train, evaluate, report; finished ones are kept."""
+    """Run all stages: sample, judge, pair, train, evaluate, report. Resumes what was begun."""
     _run_until("report", recipe, overrides, dry_run=dry_run)
 
 
 @app.command()
 def report(recipe: Recipe, overrides: Overrides = None, *, dry_run: DryRun = False) -> None:
-    """Write the report of a run again from what the run has on disk."""
+    """Write report.html and result.* again (the recipe may be RUN/config.yaml)."""
     from speechalign.pipeline.report import write_run_report
 
     config = _resolved(AlignConfig, recipe, overrides, dry_run=dry_run)
@@ -203,14 +206,15 @@ def compare(
     overrides: Overrides = None,
     *,
     only: Annotated[
-        list[str] | None, typer.Option(help="A step to run; may be repeated. None: all.")
+        list[str] | None, typer.Option(help="Run only this step; may be repeated. Default: all.")
     ] = None,
     earlier: Annotated[
-        Path | None, typer.Option(help="A compare.json whose rows stand for the other steps.")
+        Path | None,
+        typer.Option(help="A compare.json whose rows stand for the other steps."),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run several variants of a recipe and write one table of all; finished ones are kept."""
+    """Run several variants of a recipe and write one table. Resumes; finished ones are kept."""
     from speechalign.config.compare import CompareConfig
     from speechalign.pipeline.compare import run_compare
 
@@ -224,14 +228,18 @@ def serve(
         Path | None, typer.Argument(help="A policy's folder, or a run; none: what the file says.")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the endpoint, e.g. speaking.temperature=1.0")
+        list[str] | None,
+        typer.Argument(
+            help="Settings of the endpoint, e.g. speaking.temperature=1.0", metavar="KEY=VALUE..."
+        ),
     ] = None,
     *,
-    config: Annotated[Path, typer.Option(help="A file of Ray Serve.")] = Path(
+    config: Annotated[Path, typer.Option(help="A config file of Ray Serve.")] = Path(
         "jobs/serve-embedded-cpu.yaml"
     ),
     listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT instead of the file's; not loopback: needs keys.")
+        str | None,
+        typer.Option(help="HOST:PORT, instead of the file's; not loopback: needs keys."),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -249,12 +257,17 @@ def serve(
 
 @clusters.command("check")
 def clusters_check(
-    files: Annotated[list[Path], typer.Argument(help="Of ray up, KubeRay, Serve, or runtime_env.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="For `ray up`, KubeRay or Serve, or a runtime_env.")
+    ],
     recipe: Annotated[
-        Path | None, typer.Option(help="Whose label selectors some node type must fit.")
+        Path | None,
+        typer.Option(
+            help="Also check that some node type fits each label selector of this recipe."
+        ),
     ] = None,
 ) -> None:
-    """Find mistakes in cluster files, those that Ray, Serve and Kubernetes accept included."""
+    """Find mistakes in cluster files, also those that Ray, Serve and Kubernetes accept."""
     from speechalign.clusters.check import check_file
 
     config = load_config(AlignConfig, recipe) if recipe else None
@@ -275,12 +288,14 @@ def bench_serve(
         Path | None, typer.Argument(help="A policy's folder, or a run; none: what the file says.")
     ] = None,
     *,
-    config: Annotated[Path, typer.Option(help="A file of Ray Serve.")] = Path(
+    config: Annotated[Path, typer.Option(help="A config file of Ray Serve.")] = Path(
         "jobs/serve-embedded-cpu.yaml"
     ),
-    clients: Annotated[int, typer.Option(min=1, help="At once.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Of each of the three with a load.")] = 120.0,
-    output: Annotated[Path | None, typer.Option(help="A JSON file to write, too.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that ask at the same time.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Length of each of the three load tests.")] = 120.0,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the result to this JSON file.")
+    ] = None,
 ) -> None:
     """Measure an endpoint: one client, many, a killed replica, and the engine without Serve."""
     from speechalign.pipeline import bench as benchmarks
@@ -300,13 +315,16 @@ def submit(  # noqa: PLR0913 - a command's flags are its parameters
         str,
         typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The dashboard, http://host:8265"),
     ],
-    verb: Annotated[str, typer.Option(help="What the job does with the recipe.")] = "align",
+    verb: Annotated[
+        str, typer.Option(help="The command that the job runs: align, train, sft, ...")
+    ] = "align",
     wait: Annotated[bool, typer.Option(help="Follow the log until the job is over.")] = True,
     max_retries: Annotated[
-        int, typer.Option(min=0, help="New starts after the infrastructure failed.")
+        int, typer.Option(min=0, help="New starts after a node or the cluster failed.")
     ] = 2,
     runtime_env: Annotated[
-        Path | None, typer.Option(help="A YAML file; else jobs/runtime_env.yaml, if it is there.")
+        Path | None,
+        typer.Option(help="A YAML file. Default: jobs/runtime_env.yaml, if it exists."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request and stop.")] = False,
 ) -> None:
@@ -376,6 +394,7 @@ def main(*verb: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     install_stop_handler()
+    sys.path.append(str(Path.cwd()))  # a judge of one's own; Ray's workers search it, too
     try:
         app(arguments)
     except SpeechalignError as error:

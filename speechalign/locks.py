@@ -116,7 +116,7 @@ def _acquire(folder: Path, lock: Path, owner: dict[str, Any]) -> None:
             file.seek(0)
             former = file.read()
             if former:
-                _refuse_if_alive(folder, lock, former)
+                _refuse_if_alive(folder, former, os.fstat(file.fileno()).st_mtime)
                 logger.warning("%s: taking over from a run that died", folder)
             write_json_atomically(lock, owner)
             return
@@ -138,10 +138,10 @@ def _is_file_of(lock: Path, file: TextIO) -> bool:
         return False
 
 
-def _refuse_if_alive(folder: Path, lock: Path, former: str) -> None:
+def _refuse_if_alive(folder: Path, former: str, last_sign: float) -> None:
+    age_s = time.time() - last_sign
     try:
         owner = json.loads(former)
-        age_s = time.time() - lock.stat().st_mtime
     except ValueError:  # of a host that died while it wrote
         return
     if owner.get("processes") == _processes():
@@ -151,8 +151,8 @@ def _refuse_if_alive(folder: Path, lock: Path, former: str) -> None:
         is_alive = age_s < STALE_AFTER_S
     if is_alive:
         raise RunLocked(
-            f"{folder} is held by process {owner['pid']} on {owner['host']} "
-            f"(heartbeat {age_s:.0f} s ago); wait for it, stop it, or write to another folder"
+            f"{folder} is held by process {owner['pid']} on {owner['host']} (last sign of life "
+            f"{age_s:.0f} s ago); wait for it, stop it, or use another folder"
         )
 
 

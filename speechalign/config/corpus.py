@@ -11,7 +11,7 @@ class CorpusConfig(Config):
     """Sources and amounts of the embedded corpus."""
 
     output: Path = Path(".cache/corpus")
-    """Where clips and features go; hundreds of megabytes, outside of git."""
+    """Where clips and features go; about 1.5 GB, outside of git."""
     seed: int = 0
     num_processes: int = Field(default=2, gt=0)
     num_train_sentences: int = Field(default=6000, gt=0, le=50_000)

@@ -9,6 +9,7 @@ import yaml
 
 from speechalign.cli import main
 from speechalign.config.align import AlignConfig
+from speechalign.config.judges import PythonJudgeConfig
 from speechalign.errors import (
     BudgetExceeded,
     ConfigError,
@@ -19,6 +20,7 @@ from speechalign.errors import (
     RunLocked,
     Stopped,
 )
+from speechalign.judges.user_code import load_user_class
 from speechalign.pipeline.align import Outcome
 
 RECIPE = Path(__file__).parents[2] / "jobs" / "align-embedded-cpu.yaml"
@@ -60,6 +62,31 @@ def test_a_mistake_in_a_recipe_is_exit_code_2_and_one_message(
         main()  # here: a process of its own would import torch to say one sentence
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_judge_of_ones_own_may_lie_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A console script has its own folder on the path, and not the current one."""
+    (tmp_path / "a_reward_of_mine.py").write_text(
+        "class Mine:\n    def __call__(self, samples):\n        return [1.0 for _ in samples]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    judge = "judges=[{kind: python, name: mine, target: 'a_reward_of_mine:Mine', reads: sound}]"
+    reward = "reward={terms: [{measure: mine, weight: 1.0}]}"
+    monkeypatch.setattr(sys, "argv", ["speechalign", "align", str(RECIPE), judge, reward])
+    loaded: list[str] = []
+
+    def check(config: AlignConfig, *, until: str) -> Outcome:
+        assert isinstance(config.judges[0], PythonJudgeConfig)
+        loaded.append(load_user_class(config.judges[0]).__name__)
+        return Outcome(text=until, folder=config.run_dir)
+
+    monkeypatch.setattr("speechalign.pipeline.align.run_align", check)
+    with pytest.raises(SystemExit):
+        main()
+    assert loaded == ["Mine"]
 
 
 def test_a_mistake_ends_the_process_without_a_traceback():
