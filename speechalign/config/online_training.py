@@ -80,6 +80,8 @@ class OnlineGuardsConfig(Config):
     """Of the answers of a step that end by themselves."""
     min_entropy_share: float = Field(default=0.3, ge=0, le=1)
     """Of the entropy that the first step had."""
+    max_length_growth: float = Field(default=0.5, gt=0)
+    """Of the held-out answers' mean length against the first look; 0.5: half as long again."""
     patience: int = Field(default=4, gt=0)
     """Looks without a better held-out reward."""
 

@@ -8,27 +8,45 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 CURVES = (
+    ("reward", {"reward": "reward"}),
     ("loss", {"loss": "loss"}),
+    ("policy loss", {"policy_loss": "loss"}),
+    ("critic", {"value_loss": "loss", "value_error": "squared error"}),
     ("accuracy", {"accuracy": "accuracy"}),
     ("margin", {"margin": "margin"}),
     ("log-probability a token", {"chosen_logprob": "chosen", "rejected_logprob": "rejected"}),
-    ("moved from the reference, nats a token", {"chosen_drop": "chosen lost", "kl_k1": "KL (k1)"}),
+    (
+        "moved from the reference, nats a token",
+        {"chosen_drop": "chosen lost", "kl_k1": "KL (k1)", "kl_k3": "KL (k3)"},
+    ),
     ("implicit reward", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
+    ("entropy, nats a token", {"entropy": "entropy"}),
+    ("tokens an answer", {"length": "length"}),
+    ("share of the answers", {"stop_share": "end by themselves", "kept_answers": "learned from"}),
+    (
+        "share of the groups that teach nothing",
+        {"zero_variance_groups": "equal rewards", "tied_groups": "no pair"},
+    ),
+    ("share of the tokens that the clip holds back", {"clip_fraction": "held back"}),
     ("gradient norm, before clipping", {"grad_norm": "norm"}),
     ("learning rate", {"learning_rate": "rate"}),
 )
 """Title, and the keys of the metrics with what a curve is called."""
-COLOURS = ("#0b5cad", "#b3400b")
+COLOURS = ("#0b5cad", "#b3400b", "#2d7a3a")
+JUDGED = "judge_"
 HELDOUT = "heldout_"
 
 
 def training_curves(metrics: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return the curves of one preference training; held-out values have markers.
+    """Return the curves of one training; held-out values have markers.
 
-    A key that no row has makes no curve, and a plot without curves is left out.
+    A key that no row has makes no curve, and a plot without curves is left out. What judges
+    measured of an online training's answers has a plot a measure.
     """
+    measures = sorted({key for row in metrics for key in row if key.startswith(JUDGED)})
+    judged = [(f"judged: {key.removeprefix(JUDGED)}", {key: "mean"}) for key in measures]
     plots: list[str] = []
-    for name, keys in CURVES:
+    for name, keys in (*CURVES, *judged):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         axis = figure.subplots()
         for colour, (key, label) in zip(COLOURS, keys.items(), strict=False):
@@ -131,7 +149,7 @@ def token_cloud(
     for (x, y), (other_x, other_y) in zip(golden, synthetic, strict=True):
         axis.plot([x, other_x], [y, other_y], color="#888888", linewidth=0.5, alpha=0.6, zorder=1)
     clouds = (("golden", "o", golden), (f"synthetic, {name}", "x", synthetic))
-    for colour, (label, marker, points) in zip(COLOURS, clouds, strict=True):
+    for colour, (label, marker, points) in zip(COLOURS, clouds, strict=False):
         axis.scatter(*zip(*points, strict=True), s=13, marker=marker, color=colour, label=label,
                      linewidths=0.9, zorder=2)  # fmt: skip
     axis.set_xticks([])

@@ -5,7 +5,7 @@ GAE       Schulman et al. 2016, eq. 16
 whitening Ouyang et al. 2022, as in their code: over all tokens of the batch
 control   Ziegler et al. 2019, section 2.2
 
-Shapes: G answers of a prompt, B answers, S positions.
+Shapes: G answers of a prompt, A tokens of an answer, B answers, S positions.
 """
 
 from collections.abc import Sequence
@@ -73,18 +73,18 @@ def gae(
     return advantages_BS, (advantages_BS + values_BS) * mask_BS
 
 
-def whitening(values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-    """Return (sum, sum of squares, count) of the masked values; add them up over ranks."""
-    kept = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
-    return torch.stack([kept.sum(), kept.square().sum(), kept.new_tensor(float(len(kept)))])
+def whitening(values: Sequence[Tensor]) -> Tensor:
+    """Return (sum, sum of squares, count) of all values; add them up over ranks."""
+    all_A = torch.cat(list(values))
+    return torch.stack([all_A.sum(), all_A.square().sum(), all_A.new_tensor(float(len(all_A)))])
 
 
-def whitened(values_BS: Tensor, mask_BS: Tensor, sums: Tensor) -> Tensor:
-    """Return the values with the mean and variance of `sums` taken out, zero off the mask."""
+def whitened(values_A: Tensor, sums: Tensor) -> Tensor:
+    """Return the values with the mean and variance of `sums` taken out."""
     total, squares, count = sums
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=0)
-    return (values_BS - mean) / (variance.sqrt() + STD_FLOOR) * mask_BS
+    return (values_A - mean) / (variance.sqrt() + STD_FLOOR)
 
 
 class KlController:

@@ -194,9 +194,7 @@ class OnlineTrainer:
     def commit(self) -> None:
         """Make the best version the new policy."""
         progress, looks = self._progress, self._progress.looks
-        folder = self._versions.path(looks.best_step)
-        verify_folder(folder)
-        kept = load_ar(folder)
+        kept = load_ar(self._versions.path(looks.best_step))
         own = {
             "stop_reason": self._stop_reason,
             "num_steps": progress.step,
@@ -258,8 +256,9 @@ class OnlineTrainer:
         version = block.step if block.step == self._config.num_steps else self._version_of(block)
         if not block.heldout or version <= looks.last_step:  # seen before the checkpoint
             return None
-        look = look_at(block.heldout, self._policy)
-        metrics.write(version, {f"heldout_{key}": value for key, value in look.items()})
+        look = look_at(block.heldout, self._policy, self._config.answers_per_forward)
+        shown = look | self._judged(block.heldout_measures)
+        metrics.write(version, {f"heldout_{key}": value for key, value in shown.items()})
         return looks.see(version, look, self._config.guards)
 
     def _version_of(self, block: RolloutBlock) -> int:
@@ -292,19 +291,24 @@ class OnlineTrainer:
         return self._progress.looks.guard_step(values, block.step, self._config.guards)
 
     def _described(self, block: RolloutBlock) -> dict[str, float]:
-        """Return what the answers were like, over all ranks.
-
-        A user's judge may have any name: `judge_` keeps it apart from what guards look at.
-        """
-        measures = {f"judge_{name}": values for name, values in sorted(block.measures.items())}
-        means = RunningMeans(["reward", "length", "stop_share", "rewarded_share", *measures])
+        """Return what the answers were like, over all ranks."""
+        means = RunningMeans(["reward", "length", "stop_share", "rewarded_share"])
         rewards = [r.reward for r in block.learned if r.reward is not None]
         means.add("reward", torch.tensor(rewards))
         means.add("rewarded_share", torch.tensor([r.reward is not None for r in block.learned]))
         means.add("length", torch.tensor([len(r.token_ids) for r in block.learned]))
         means.add("stop_share", torch.tensor([not r.is_truncated for r in block.learned]))
-        for name, values in measures.items():
-            means.add(name, torch.tensor(values))
+        return means.over_ranks(self._engine.device) | self._judged(block.measures)
+
+    def _judged(self, measures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Return the means of what judges measured, over all ranks.
+
+        A user's judge may have any name: `judge_` keeps it apart from what guards look at.
+        """
+        names = {name: f"judge_{name}" for name in sorted(measures)}
+        means = RunningMeans(list(names.values()))
+        for name, shown in names.items():
+            means.add(shown, torch.tensor(measures[name]))
         return means.over_ranks(self._engine.device)
 
     def _publish(self, step: int) -> None:

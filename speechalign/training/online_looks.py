@@ -17,10 +17,10 @@ from speechalign.training.policy_losses import kl_k1, kl_k3
 from speechalign.training.rollouts import Rollout, gathered
 from speechalign.training.running_means import RunningMeans
 
-ANSWERS_PER_PASS = 16
 
-
-def look_at(rollouts: Sequence[Rollout], policy: TrainedPolicy) -> dict[str, float]:
+def look_at(
+    rollouts: Sequence[Rollout], policy: TrainedPolicy, answers_per_forward: int
+) -> dict[str, float]:
     """Return reward, stop share, length, entropy and KL of held-out answers, over all ranks.
 
     Entropy and KL are per token, of the policy that drew the answers.
@@ -30,8 +30,8 @@ def look_at(rollouts: Sequence[Rollout], policy: TrainedPolicy) -> dict[str, flo
     means.add("reward", torch.tensor(rewards))
     means.add("stop_share", torch.tensor([not rollout.is_truncated for rollout in rollouts]))
     means.add("length", torch.tensor([len(rollout.token_ids) for rollout in rollouts]))
-    for first in range(0, len(rollouts), ANSWERS_PER_PASS):
-        part = rollouts[first : first + ANSWERS_PER_PASS]
+    for first in range(0, len(rollouts), answers_per_forward):
+        part = rollouts[first : first + answers_per_forward]
         sampled = [torch.tensor(rollout.sampler_logprobs) for rollout in part]
         for own_A, reference_A in zip(sampled, _reference(part, policy), strict=True):
             means.add("entropy", -own_A)
@@ -54,6 +54,7 @@ class Looks:
     best_reward: float = float("-inf")
     num_since_best: int = 0
     first_entropy: float = 0.0
+    first_length: float = 0.0
     last_step: int = -1
 
     def see(self, step: int, look: Mapping[str, float], guards: OnlineGuardsConfig) -> str | None:
@@ -64,6 +65,8 @@ class Looks:
         self.last_step = step
         if not self.first_entropy:
             self.first_entropy = look["entropy"]
+        if not self.first_length:
+            self.first_length = look["length"]
         reason = self._refused(step, look, guards)
         if reason is not None:
             return reason
@@ -91,6 +94,12 @@ class Looks:
                 f"step {step}: the entropy fell from {self.first_entropy:.3f} to "
                 f"{look['entropy']:.3f} nats a token, below guards.min_entropy_share "
                 f"{guards.min_entropy_share}"
+            )
+        if look["length"] > (1 + guards.max_length_growth) * self.first_length:
+            return (
+                f"step {step}: the held-out answers grew from {self.first_length:.1f} to "
+                f"{look['length']:.1f} tokens, by more than guards.max_length_growth "
+                f"{guards.max_length_growth:.0%}"
             )
         return self.guard_step(look, step, guards)
 

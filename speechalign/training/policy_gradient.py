@@ -180,7 +180,9 @@ class PolicyGradient:
 
     def _expect_the_mean(self, learned: Sequence[Experience], critic: Critic) -> None:
         rewards = [item.rollout.reward or 0.0 for item in learned]
-        mine = torch.tensor([sum(rewards), len(rewards)], device=self._policy.engine.device)
+        device = self._policy.engine.device
+        # Named, because without an answer both are integers, and the other ranks' are not.
+        mine = torch.tensor([sum(rewards), len(rewards)], dtype=torch.float32, device=device)
         total, count = global_sum(mine)
         critic.expect(total / count.clamp(min=1))
 
@@ -196,15 +198,9 @@ class PolicyGradient:
 
     def _whitened(self, learned: Sequence[Experience]) -> list[Experience]:
         """Whiten over the tokens of all ranks: every rank must call it."""
-        advantages = [item.advantages for item in learned]
-        everywhere = [torch.ones_like(value, dtype=torch.bool) for value in advantages]
-        device = self._policy.engine.device
-        mine = whitening(advantages, everywhere) if learned else torch.zeros(3)
-        sums = global_sum(mine.to(device))
-        return [
-            replace(item, advantages=whitened(item.advantages, mask, sums))
-            for item, mask in zip(learned, everywhere, strict=True)
-        ]
+        mine = whitening([item.advantages for item in learned]) if learned else torch.zeros(3)
+        sums = global_sum(mine.to(self._policy.engine.device))
+        return [replace(item, advantages=whitened(item.advantages, sums)) for item in learned]
 
     def _passes(
         self, items: Sequence[Experience], placeholder: Rollout

@@ -49,6 +49,7 @@ class RolloutBlock:
     heldout: Sequence[Rollout]
     measures: Mapping[str, Sequence[float]]
     """What the judges measured of the answers to learn from; missing ones are left out."""
+    heldout_measures: Mapping[str, Sequence[float]]
     sampled_s: tuple[float, float]
     """From when until when the sampler worked on it."""
     probe_difference: float
@@ -77,7 +78,8 @@ def read_block(table: pa.Table, rewards: RewardOf, start_version: int) -> Rollou
         step=rows[0]["step"],
         learned=[rollout for is_heldout, rollout in read if not is_heldout],
         heldout=[rollout for is_heldout, rollout in read if is_heldout],
-        measures=_measures(table, rows),
+        measures=_measures(table, [row for row in rows if not row["is_heldout"]]),
+        heldout_measures=_measures(table, [row for row in rows if row["is_heldout"]]),
         sampled_s=(rows[0]["sampled_from_s"], rows[0]["sampled_until_s"]),
         probe_difference=rows[0]["probe_difference"],
     )
@@ -103,11 +105,7 @@ def _measures(table: pa.Table, rows: Sequence[Row]) -> dict[str, list[float]]:
         and pa.types.is_floating(field.type)
         and not field.name.endswith(MEASURE_SUFFIX_OF_TIME)
     ]
-    heard = [
-        row
-        for row in rows
-        if not row["is_heldout"] and not row.get("judge_errors", "").startswith(NOT_RENDERED)
-    ]
+    heard = [row for row in rows if not row.get("judge_errors", "").startswith(NOT_RENDERED)]
     return {name: [row[name] for row in heard if row[name] is not None] for name in names}
 
 

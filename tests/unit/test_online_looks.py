@@ -1,17 +1,26 @@
 """When an online training stops, which look is the best, and how long nobody worked, by hand."""
 
 import math
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 
 from speechalign.config.online_training import OnlineGuardsConfig
-from speechalign.training.online_looks import Looks, idle_share
+from speechalign.policy.answer_batch import AnswerBatch
+from speechalign.training.engine import Engine
+from speechalign.training.online_base import TrainedPolicy
+from speechalign.training.online_looks import Looks, idle_share, look_at
+from speechalign.training.rollouts import Rollout
 
-GUARDS = OnlineGuardsConfig(max_kl=0.5, min_entropy_share=0.25, min_stop_share=0.5, patience=3)
+GUARDS = OnlineGuardsConfig(
+    max_kl=0.5, min_entropy_share=0.25, max_length_growth=0.5, min_stop_share=0.5, patience=3
+)
 
 
 def a_look(reward: float = 0.0, **changes: float) -> dict[str, float]:
-    healthy = {"stop_share": 1.0, "entropy": 2.0, "kl_k1": 0.1}
+    healthy = {"stop_share": 1.0, "entropy": 2.0, "length": 100.0, "kl_k1": 0.1}
     return {"reward": reward} | healthy | changes
 
 
@@ -35,11 +44,16 @@ def seen(*looks: dict[str, float]) -> tuple[Looks, list[str | None]]:
             "guards.min_entropy_share 0.25",
         ),
         (
+            {"length": 151.0},
+            "step 5: the held-out answers grew from 100.0 to 151.0 tokens, by more than "
+            "guards.max_length_growth 50%",
+        ),
+        (
             {"stop_share": 0.49},
             "step 5: only 49% of the answers end by themselves, guards.min_stop_share is 50%",
         ),
     ],
-    ids=["kl", "entropy", "stop share"],
+    ids=["kl", "entropy", "length", "stop share"],
 )
 def test_a_guard_says_why_it_stops_and_a_collapsed_look_is_never_the_best(
     change: dict[str, float], message: str
@@ -49,7 +63,9 @@ def test_a_guard_says_why_it_stops_and_a_collapsed_look_is_never_the_best(
     assert (looks.best_step, looks.best_reward, looks.last_step) == (0, 0.1, 5)
 
 
-@pytest.mark.parametrize("change", [{"kl_k1": 0.5}, {"entropy": 0.5}, {"stop_share": 0.5}])
+@pytest.mark.parametrize(
+    "change", [{"kl_k1": 0.5}, {"entropy": 0.5}, {"length": 150.0}, {"stop_share": 0.5}]
+)
 def test_a_look_at_the_limit_may_be_the_best(change: dict[str, float]):
     looks, said = seen(a_look(0.1), a_look(0.2, **change))
     assert said == [None, None]
@@ -67,6 +83,13 @@ def test_the_entropy_is_compared_with_the_first_and_not_with_the_look_before():
     assert said[:2] == [None, None]
     assert said[2] is not None
     assert "the entropy fell from 2.000 to 0.400" in said[2]
+
+
+def test_the_length_is_compared_with_the_first_and_not_with_the_look_before():
+    _, said = seen(*(a_look(i, length=length) for i, length in enumerate((100.0, 140.0, 160.0))))
+    assert said[:2] == [None, None]
+    assert said[2] is not None
+    assert "answers grew from 100.0 to 160.0 tokens" in said[2]
 
 
 def test_patience_ends_after_three_looks_without_a_better_reward():
@@ -90,6 +113,47 @@ def test_a_look_at_which_nothing_was_judged_is_not_a_better_one():
     looks, said = seen(a_look(-1.0), unjudged)
     assert said == [None, None]
     assert (looks.best_step, looks.best_reward, looks.num_since_best) == (0, -1.0, 1)
+
+
+class CountingReference(TrainedPolicy):
+    """Says -1 of every token and remembers how many answers it was asked about at a time."""
+
+    def __init__(self) -> None:
+        engine: Any = type("OnCpu", (), {"device": torch.device("cpu")})
+        super().__init__(cast(Engine, engine), torch.nn.Identity(), 1.0)
+        self.asked: list[int] = []
+
+    def reference(self, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
+        self.asked.append(len(batch.input_ids_BS))
+        return -1.0 * batch.answer_mask_BS, torch.zeros(batch.input_ids_BS.shape)
+
+
+def test_a_look_takes_as_many_answers_at_a_time_as_fit_into_the_memory():
+    answers = [
+        Rollout(
+            prompt_id=f"p{index}",
+            prompt_token_ids=(2, 3),
+            token_ids=(9,) * (1 + index),
+            sampler_logprobs=(-0.5,) * (1 + index),
+            reward=None if index else 3.0,
+            is_truncated=index == 4,
+        )
+        for index in range(5)
+    ]
+    for answers_per_forward, asked in ((2, [2, 2, 1]), (5, [5])):
+        policy = CountingReference()
+        found = look_at(answers, policy, answers_per_forward)
+        assert policy.asked == asked
+        assert found == pytest.approx(
+            {
+                "reward": 3.0,
+                "stop_share": 0.8,
+                "length": 3.0,
+                "entropy": 0.5,
+                "kl_k1": 0.5,
+                "kl_k3": math.exp(-0.5) - 1 + 0.5,
+            }
+        )
 
 
 def test_a_step_of_training_is_guarded_by_its_stop_share_alone():

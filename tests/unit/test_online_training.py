@@ -16,6 +16,8 @@ from speechalign.artifacts import verify_folder
 from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.config.sampling import PromptsConfig, SamplingConfig, TransformersConfig
 from speechalign.errors import BudgetExceeded, Diverged, LogprobMismatch, StaleRollouts, Stopped
+from speechalign.evaluation.plots import training_curves
+from speechalign.policy.answer_batch import AnswerBatch
 from speechalign.policy.ar import load_ar
 from speechalign.policy.versions import PolicyVersions, Probe
 from speechalign.rows import Row, prompts_to_table
@@ -23,7 +25,7 @@ from speechalign.sampling.prompts import build_prompts
 from speechalign.sampling.rollouts import RolloutStage, Sampler, plan_rollouts
 from speechalign.training.metrics import read_metrics
 from speechalign.training.online import OnlineJob, OnlinePaths, OnlineTrainer, finished_steps
-from speechalign.training.online_base import OnlineTask
+from speechalign.training.online_base import OnlineTask, TrainedPolicy
 from speechalign.training.stopping import STOP_REQUEST
 from speechalign.types import Measured, Score, Unmeasured
 from tests.online_toy import a_process_group
@@ -264,6 +266,75 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops(
     manifest.write_text(json.dumps(values))
     with pytest.raises(LogprobMismatch, match=says):
         next(run.blocks())
+
+
+def test_looks_are_taken_in_the_batches_that_the_memory_allows(
+    stack: TinyStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+    reference: Any = vars(TrainedPolicy)["reference"]
+
+    def counted(policy: TrainedPolicy, batch: AnswerBatch) -> Any:
+        asked.append(len(batch.input_ids_BS))
+        return reference(policy, batch)
+
+    monkeypatch.setattr(TrainedPolicy, "reference", counted)
+    run = Run(stack, tmp_path, a_config(num_steps=1, answers_per_forward=3))
+    run.train()  # without a KL cost, only looks ask the reference: two, of 8 answers
+    assert asked == [3, 3, 2] * 2
+
+
+def test_what_judges_measured_is_written_apart_for_held_out_answers(
+    stack: TinyStack, tmp_path: Path
+):
+    run = Run(stack, tmp_path, a_config(num_steps=1))
+
+    def judged() -> Iterator[pa.Table]:
+        for block in run.blocks():
+            heldout = iter((0.25, None, *[0.75, 0.25] * 3))  # mean of the measured: 3.25 / 7
+            flags = block["is_heldout"].to_pylist()
+            measured = [next(heldout) if is_heldout else 1.0 for is_heldout in flags]
+            yield block.append_column("wer", pa.array(measured, pa.float32()))
+
+    run.train(judged())
+    rows = run.metrics()
+    looks = [row["heldout_judge_wer"] for row in rows if "heldout_reward" in row]
+    assert looks == pytest.approx([3.25 / 7] * 2)
+    assert [row["judge_wer"] for row in rows if "reward" in row] == [1.0]
+    page = "".join(training_curves(rows))
+    assert "judged: wer" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        (
+            {"method": "ppo", "kl": {"coefficient": 0.01}},
+            ("critic", "policy loss", "KL (k3), trained on", "held back, trained on"),
+        ),
+        (
+            {"method": "grpo"},
+            ("policy loss", "share of the groups that teach nothing", "learned from, trained on"),
+        ),
+        (
+            {"method": "online_dpo", "online_dpo": {"min_margin": 0.01}},
+            ("accuracy", "no pair, trained on"),
+        ),
+    ],
+)
+def test_a_report_shows_what_a_training_wrote(
+    stack: TinyStack, tmp_path: Path, changes: dict[str, Any], shown: tuple[str, ...]
+):
+    run = Run(stack, tmp_path, a_config(num_steps=1, **changes))
+    run.train()
+    page = "".join(training_curves(run.metrics()))
+    of_all = [
+        f"{label}, {which}"
+        for label in ("reward", "entropy", "length", "end by themselves")
+        for which in ("trained on", "held out")
+    ]
+    for name in (*of_all, "KL (k1), held out", *shown):
+        assert name in page, name
 
 
 def a_tenth_fails(rows: Sequence[Row]) -> list[Score]:

@@ -39,3 +39,13 @@ def test_an_answer_that_was_not_rendered_has_no_reward_and_no_measures():
     block = read_block(pa.Table.from_pylist(rows), REWARDS, 3)
     assert [rollout.reward for rollout in block.learned] == [0.25, None, None]
     assert block.measures["wer"] == [0.25]
+
+
+def test_what_was_measured_of_held_out_answers_is_kept_apart():
+    rows = [a_row(0, 0.25), a_row(1, 0.5), a_row(2, None, "too short"), a_row(3, 0.75)]
+    for row in rows[1:]:
+        row["is_heldout"] = True
+    block = read_block(pa.Table.from_pylist(rows), REWARDS, 3)
+    assert block.measures["wer"] == [0.25]
+    assert block.heldout_measures["wer"] == [0.5, 0.75]
+    assert len(block.heldout) == 3
