@@ -27,12 +27,15 @@ def read_speech(path: Path, sample_rate_hz: int, limits: AudioLimits) -> NDArray
     Raises:
         DataError: the file is not speech that can be used; the message says why.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix.lower() == ".raw":
-        raise DataError(f"{path}: samples without a header; store them as WAV or FLAC")
-    with path.open("rb") as file:
-        return decode_speech(file, str(path), sample_rate_hz, limits)
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        if path.suffix.lower() == ".raw":
+            raise DataError(f"{path}: samples without a header; store them as WAV or FLAC")
+        with path.open("rb") as file:
+            return decode_speech(file, str(path), sample_rate_hz, limits)
+    except OSError as error:  # not ours to read, or a disk that fails: of this file alone
+        raise DataError(f"{path}: {error.strerror or error}") from None
 
 
 def decode_speech(

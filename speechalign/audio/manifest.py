@@ -108,7 +108,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 return pq.read_table(path).to_pylist()
             case other:
                 raise ConfigError(f"{path}: a manifest is .jsonl, .csv or .parquet, not {other!r}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} cannot be read as a manifest: {error}") from None

@@ -81,6 +81,15 @@ class PreferenceTrainingConfig(Config):
     workers: WorkersConfig = WorkersConfig()
 
     @model_validator(mode="after")
+    def _every_worker_has_a_pair(self) -> "PreferenceTrainingConfig":
+        if self.pairs_per_step < self.workers.num_workers:
+            raise ValueError(
+                f"{self.workers.num_workers} workers cannot share {self.pairs_per_step} pairs a "
+                "step; raise pairs_per_step or lower workers.num_workers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_loss_is_dpos(self) -> "PreferenceTrainingConfig":
         if self.method != "dpo" and self.loss != DpoLossConfig():
             raise ValueError(f"training.loss is of dpo; {self.method} has nothing to set there")

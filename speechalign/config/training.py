@@ -66,12 +66,21 @@ class TrainingJob(Config):
     engine: EngineConfig = EngineConfig()
     workers: WorkersConfig = WorkersConfig()
 
+    @model_validator(mode="after")
+    def _every_worker_has_a_row(self) -> "TrainingJob":
+        if self.rows_per_step < self.workers.num_workers:
+            raise ValueError(
+                f"{self.workers.num_workers} workers cannot share {self.rows_per_step} rows a "
+                "step; raise rows_per_step or lower workers.num_workers"
+            )
+        return self
+
 
 class SftBase(TrainingJob):
     """What both supervised jobs share."""
 
     golden: Path
-    """Golden codec tokens: a Parquet file or folder of `speechalign prepare`."""
+    """Golden codec tokens: the Parquet file of `speechalign prepare`."""
     num_heldout: int = Field(default=64, gt=0)
 
 

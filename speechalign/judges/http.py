@@ -104,7 +104,7 @@ class HttpJudge:
             if attempt:
                 time.sleep(self._config.backoff_s * 2 ** (attempt - 1))
             try:
-                answer = self._client.post(self._config.url, json=body)
+                answer = self._send(body)
             except httpx.TransportError as error:
                 reason = f"{type(error).__name__} {error}".strip()
                 continue
@@ -116,6 +116,17 @@ class HttpJudge:
             if answer.status_code != TOO_MANY_REQUESTS and answer.status_code < SERVER_ERROR:
                 break
         return reason
+
+    def _send(self, body: Any) -> httpx.Response:
+        """Return the whole answer, in time: httpx's own limit is on the wait for a piece of it."""
+        deadline_s = time.monotonic() + self._config.timeout_s
+        with self._client.stream("POST", self._config.url, json=body) as answer:
+            content = bytearray()
+            for piece in answer.iter_bytes():
+                content += piece
+                if time.monotonic() > deadline_s:
+                    raise httpx.ReadTimeout("the answer did not end in time")
+        return httpx.Response(answer.status_code, content=bytes(content))
 
 
 def _rewards_in(answer: httpx.Response) -> list[Any] | None:

@@ -6,9 +6,11 @@ prompts -> RolloutStage -> RenderStage -> a pool per judge -> shards of the Ray 
 """
 
 import logging
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ import pyarrow as pa
 from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.config.online_training import OnlineTrainingConfig
-from speechalign.errors import ConfigError, SpeechalignError
+from speechalign.errors import ConfigError, Diverged
 from speechalign.pipeline.sample import judging_stages, training_prompts
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
@@ -31,18 +33,22 @@ from speechalign.training.launch import run_workers
 from speechalign.training.online import ROLLOUTS, OnlineJob, OnlinePaths, finished_steps
 from speechalign.training.online_base import OnlineTask
 
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
 logger = logging.getLogger(__name__)
 
 NUM_PROBES = 4
+ALL_STEPS_DONE, NOT_FINITE = "all steps done", "not a number"
+"""How training.online words that nothing stopped it, and that the loss did."""
 
 
 def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> None:
     """Train a policy on its own answers and commit its best version.
 
-    Workers that die are started again from the last checkpoint, `workers.max_failures` times.
-
     Raises:
         ConfigError: too few prompts.
+        Diverged: the loss stopped being finite before anything was better than the start.
         LogprobMismatch, StaleRollouts, BudgetExceeded: what a worker or a sampler found.
         RuntimeError: the workers died once too often.
     """
@@ -83,18 +89,38 @@ def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> Non
         # A stage that waits for fuller batches would wait for the next step, and that for this one.
         *(replace(stage, takes_whole_blocks=True) for stage in judging),
     ]
-    once = training.workers.model_copy(update={"max_failures": 0})
-    for attempt in range(training.workers.max_failures + 1):
+
+    def datasets() -> "dict[str, Dataset]":
         steps = range(finished_steps(paths), training.num_steps)
-        dataset = stream_blocks(plan_rollouts(learned, heldout, steps, training), stages)
-        try:
-            run_workers(job, {}, once, paths.work / "ray", {ROLLOUTS: dataset})
-        except RuntimeError as error:  # of a worker that died; our own errors have other types
-            if isinstance(error, SpeechalignError) or attempt == training.workers.max_failures:
-                raise
-            logger.warning("%s; starting again from step %d", error, finished_steps(paths))
-        else:
-            return
+        return {ROLLOUTS: stream_blocks(plan_rollouts(learned, heldout, steps, training), stages)}
+
+    run_workers(job, {}, training.workers, paths.work / "ray", datasets)
+    say_why_it_ended(paths)
+
+
+def say_why_it_ended(paths: OnlinePaths) -> None:
+    """Log how a training ended: its workers know, and nobody sees their logs.
+
+    Where the loss was to blame and no step is better than the start, there is no result: the
+    policy is put aside, or the next command would go on with it.
+
+    Raises:
+        Diverged: that is so.
+    """
+    facts = manifest_facts(paths.output)
+    reason, best = facts["stop_reason"], facts["best_step"]
+    if NOT_FINITE in reason and not best:
+        aside = paths.work / "diverged"
+        shutil.rmtree(aside, ignore_errors=True)
+        paths.output.rename(aside)
+        raise Diverged(f"online training ended before anything was better than its start: {reason}")
+    logger.log(
+        logging.INFO if reason == ALL_STEPS_DONE else logging.WARNING,
+        "online training ended after %d steps: %s; the new policy is that of step %d",
+        facts["num_steps"],
+        reason,
+        best,
+    )
 
 
 def _split(prompts: pa.Table, training: OnlineTrainingConfig) -> tuple[pa.Table, pa.Table]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from speechalign.locks import held_output
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.text import TextFrontend
 from speechalign.rows import GOLDEN, QUARANTINE, Row
-from speechalign.sampling.pipeline import placed
+from speechalign.sampling.pipeline import Stage, errors_of_actors, stream
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,10 @@ def run_prepare(config: PrepareConfig) -> str:
     """Write the golden tokens of a corpus; return what came of it, in words.
 
     Raises:
-        ConfigError: the input cannot be read, or the output is something else, perhaps of other
-            settings.
+        ConfigError: the input or the codec cannot be read, the cluster is too small, or the output
+            is something else, perhaps of other settings.
         DataError: not one recording was usable; the reasons are in the message.
+        EngineDead: an actor died once too often.
         RunLocked: another process writes there.
     """
     if not is_committed(config.output):
@@ -102,8 +104,6 @@ def _made_by(config: PrepareConfig) -> str:
 
 
 def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:
-    import ray.data
-
     num_speakers = len({recording.speaker_id for recording in recordings})
     rows = [
         {
@@ -115,21 +115,12 @@ def _encode_all(config: PrepareConfig, recordings: list[Recording]) -> pa.Table:
         }
         for recording in recordings
     ]
-    table = pa.Table.from_pylist(rows)
-    size = config.pool.batch_size
-    blocks: Any = [table.slice(first, size) for first in range(0, len(rows), size)]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        EncodeStage,
-        fn_constructor_args=(config.codec, config.limits),
-        compute=ray.data.ActorPoolStrategy(size=config.pool.num_actors),
-        batch_size=size,
-        batch_format="pyarrow",
-        num_cpus=config.pool.num_cpus,
-        num_gpus=config.pool.num_gpus,
-        **placed(config.pool),
-    )
-    batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-    return pa.concat_tables([batch.cast(PREPARED) for batch in batches])
+    arguments = {"codec": config.codec, "limits": config.limits}
+    stages = [Stage(name="encode", stage=EncodeStage, arguments=arguments, pool=config.pool)]
+    dataset = stream(pa.Table.from_pylist(rows), stages)
+    batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    with errors_of_actors(stages):
+        return pa.concat_tables([batch.cast(PREPARED) for batch in batches])
 
 
 def _write(prepared: pa.Table, folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def train_reward_model(config: RewardModelConfig) -> str:
     """Train and commit a reward model, write its report, and return what it came to.
 
     Raises:
-        ConfigError: too few pairs, or no policy.
+        ConfigError: too few pairs, or no policy, or too small a cluster.
         DataError: the pairs are of another codec.
         RunLocked: another process trains it.
         Diverged: the loss stopped being finite.
@@ -60,9 +60,12 @@ def _right_of(pairs: Mapping[str, Sequence[PreferencePair]], folder: Path) -> di
 
 
 def _report(facts: Mapping[str, object], work: Path) -> Path:
+    """Return the report; one that is there is kept: its folder may be read-only by now."""
+    report = work / "report.html"
+    if report.exists():
+        return report
     margins: dict[str, list[float]] = defaultdict(list)
     for row in pq.read_table(work / MARGINS).to_pylist():
         margins[row["kind"]].append(row["margin"])
-    report = work / "report.html"
     write_reward_report(facts, margins, read_metrics(work / "metrics.jsonl"), report)
     return report

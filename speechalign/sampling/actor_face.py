@@ -3,13 +3,17 @@
 A judge that needs no torch must not wait for it: importing the pipeline takes 6 s of a core.
 """
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
-from speechalign.errors import SpeechalignError
+from speechalign.errors import EngineDead, SpeechalignError
 from speechalign.startup import collect_seldom
+
+logger = logging.getLogger(__name__)
 
 
 class ActorFace:
@@ -29,11 +33,16 @@ class ActorFace:
             self._stage = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Pass a batch through the stage.
+        """Pass a batch through the stage; where its engine is dead, the process ends.
 
         Raises:
             SpeechalignError: what the constructor or the call of the stage raised.
         """
         if isinstance(self._stage, SpeechalignError):
             raise self._stage
-        return self._stage(batch)
+        try:
+            return self._stage(batch)
+        except EngineDead:
+            # Ray gives the batch to another process if this one dies, not if it raises.
+            logger.exception("the engine is dead: its process ends, so that Ray starts another")
+            os._exit(1)

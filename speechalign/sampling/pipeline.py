@@ -9,6 +9,7 @@ the one after it sampled. A block is one batch of the first stage: Ray Data's un
 
 import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.annotations import RayDeprecationWarning
 
 from speechalign.artifacts import committed_folder
 from speechalign.config.codec import CodecConfig
@@ -32,7 +34,14 @@ from speechalign.config.sampling import (
     RenderingConfig,
     SamplingConfig,
 )
-from speechalign.errors import BudgetExceeded, ConfigError, DataError, SpeechalignError
+from speechalign.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    EngineDead,
+    SpeechalignError,
+)
+from speechalign.resources import possible_resources
 from speechalign.rows import NOT_RENDERED, QUARANTINE
 from speechalign.sampling.actor_face import ActorFace
 from speechalign.sampling.rollouts import RolloutStage, Sampler
@@ -46,6 +55,9 @@ MAX_NOT_RENDERED = 0.05
 AUDIO_COLUMNS = ("waveform_pcm", "reference_pcm")
 SECONDS = "_seconds"
 """A stage adds a column NAME_seconds: its share of the actor's time."""
+MAX_RESTARTS = 3
+"""Of an actor whose process died, and of a batch that it held. Ray Data's own default has no end:
+rows that kill every process (out of memory, a segmentation fault) would be tried for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,19 +144,6 @@ def check_resources(stages: Sequence[Stage], available: Mapping[str, float]) -> 
             )
 
 
-def possible_resources() -> dict[str, float]:
-    """Return what the cluster has, or could have when its autoscaler has added all nodes it may.
-
-    The autoscaler tells Ray its node types; a cluster without one has what it has.
-    """
-    from ray._private.state import state  # the one place; Ray Train and Ray Data read it there too
-
-    possible: dict[str, float] = dict(ray.cluster_resources())
-    for name, most in (state.get_max_resources_from_cluster_config() or {}).items():
-        possible[name] = max(possible.get(name, 0.0), float(most))
-    return possible
-
-
 def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
     """Return the dataset that pulls the rows of `table` through the stages.
 
@@ -169,21 +168,26 @@ def stream_blocks(blocks: Sequence[pa.Table], stages: Sequence[Stage]) -> ray.da
     context.raise_original_map_exception = True
     dataset = ray.data.from_arrow(list[pa.Table | bytes](blocks))
     for stage in stages:
-        face = type(stage.stage.__name__, (ActorFace,), {})  # Ray shows the name of the class
-        dataset = dataset.map_batches(
-            face,
-            fn_constructor_kwargs={"stage": stage.stage, "arguments": dict(stage.arguments)},
-            compute=ray.data.ActorPoolStrategy(size=stage.pool.num_actors),
-            batch_size=None if stage.takes_whole_blocks else stage.pool.batch_size,
-            batch_format="pyarrow",
-            num_cpus=stage.pool.num_cpus,
-            num_gpus=stage.pool.num_gpus,
-            **placed(stage.pool),
-        )
+        face = type(stage.name, (ActorFace,), {})  # Ray names the actors, dead ones too, like it
+        with warnings.catch_warnings():
+            # Ray 2.64 will not take the two limits as arguments; 2.60 takes them no other way.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = dataset.map_batches(
+                face,
+                fn_constructor_kwargs={"stage": stage.stage, "arguments": dict(stage.arguments)},
+                compute=ray.data.ActorPoolStrategy(size=stage.pool.num_actors),
+                batch_size=None if stage.takes_whole_blocks else stage.pool.batch_size,
+                batch_format="pyarrow",
+                num_cpus=stage.pool.num_cpus,
+                num_gpus=stage.pool.num_gpus,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=MAX_RESTARTS,
+                **_placed(stage.pool),
+            )
     return dataset
 
 
-def placed(pool: PoolConfig) -> dict[str, Any]:
+def _placed(pool: PoolConfig) -> dict[str, Any]:
     """Return what Ray Data is told of the nodes that a pool's actors may live on."""
     return {"label_selector": pool.label_selector} if pool.label_selector else {}
 
@@ -212,6 +216,7 @@ def sample_and_judge(
         ConfigError: the cluster is too small for the pools.
         DataError: no row is left.
         BudgetExceeded: too many rows could not be rendered.
+        EngineDead: an actor died once too often.
     """
     started = time.perf_counter()
     facts: dict[str, Any] = {"kind": "scored"}
@@ -219,7 +224,7 @@ def sample_and_judge(
     with committed_folder(folder, facts) as partial:
         tally = _Tally([] if quarantine is None else quarantine.to_pylist())
         batches: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-        with _errors_of_actors():
+        with errors_of_actors(stages):
             _write(map(tally.admit, batches), partial / SCORED, keep_audio=keep_audio)
         check_rendered(tally.dropped, tally.counts["rows"])
         dropped = pa.Table.from_pylist(tally.dropped, schema=QUARANTINE)
@@ -306,8 +311,16 @@ class _Tally:
 
 
 @contextmanager
-def _errors_of_actors() -> Generator[None]:
-    """Raise what a stage raised, without Ray's wrapping and its call to report a bug of Ray."""
+def errors_of_actors(stages: Sequence[Stage]) -> Generator[None]:
+    """Raise what a stage raised, without Ray's wrapping and its call to report a bug of Ray.
+
+    Args:
+        stages: that run inside the block.
+
+    Raises:
+        SpeechalignError: what a stage raised.
+        EngineDead: an actor of a stage died, and its replacements too.
+    """
     logger = logging.getLogger("ray.data.exceptions")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -317,6 +330,15 @@ def _errors_of_actors() -> Generator[None]:
         if isinstance(error.cause, SpeechalignError):
             raise error.cause from None
         raise
+    except RayActorError as error:
+        names = [stage.name for stage in stages]
+        name = next((name for name in names if f"({name})" in str(error)), " or ".join(names))
+        raise EngineDead(
+            f"stage {name!r}: its process died, and so did those that took its place "
+            f"({MAX_RESTARTS} restarts); it may want more memory than there is (lower "
+            "batch_size), or some row crashes it. Its last words are on its node, in "
+            "/tmp/ray/session_latest/logs/worker-*.err"
+        ) from error
     finally:
         logger.setLevel(level)
 

@@ -1,6 +1,7 @@
 """Golden codec tokens in memory, as the supervised jobs read them."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from speechalign.errors import ConfigError, DataError
 from speechalign.rows import GOLDEN
 from speechalign.seeds import derive_seed
+
+CODEBOOK_SIZE = 1024
+"""Of the AR and the NAR model, whatever the codec's own is; a smaller one fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +64,12 @@ def read_golden(path: Path, split: str, *, min_frames: int) -> GoldenSet:
 
     Raises:
         ConfigError: there is no such file, or no clip of the split in it.
-        DataError: clips of different codecs are mixed.
+        DataError: clips of different codecs are mixed, or their codebooks are too large.
     """
-    if not path.exists():
+    if not path.is_file():
         raise ConfigError(
-            f"golden tokens {path} do not exist; make them with `speechalign prepare`"
+            f"golden tokens {path} are no file; `speechalign prepare` makes one, golden.parquet in "
+            "its output"
         )
     wanted = (ds.field("split") == split) & (ds.field("phonemes") != "")
     table = ds.dataset(path, schema=GOLDEN).to_table(filter=wanted)
@@ -82,6 +87,7 @@ def read_golden(path: Path, split: str, *, min_frames: int) -> GoldenSet:
     )
     if not clips:
         raise ConfigError(f"{path} has no transcribed clip of split {split!r} to train on")
+    _check_codes(path, clips)
     fingerprints = sorted({row["codec_fingerprint"] for row in rows})
     if len(fingerprints) > 1:
         raise DataError(f"{path} mixes the codecs {fingerprints}; prepare all of it with one codec")
@@ -100,3 +106,13 @@ def _codes(table: pa.Table) -> list[NDArray[np.int16]]:
     column: Any = table["codes"].combine_chunks()
     values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
     return [values[first:stop].astype(np.int16) for first, stop in pairwise(offsets)]
+
+
+def _check_codes(path: Path, clips: Sequence[GoldenClip]) -> None:
+    """Refuse codes that would be read as another level's, or as letters."""
+    highest = max(int(clip.codes_KT.max()) for clip in clips)
+    if highest >= CODEBOOK_SIZE:
+        raise DataError(
+            f"{path} has code {highest}, a model learns codes below {CODEBOOK_SIZE}; prepare the "
+            "data with a codec of smaller codebooks"
+        )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from speechalign.config.training import WorkersConfig
-from speechalign.errors import SpeechalignError, Stopped
+from speechalign.errors import ConfigError, SpeechalignError, Stopped
+from speechalign.resources import possible_resources
 from speechalign.startup import collect_seldom
 from speechalign.training.stopping import STOP_REQUEST, saved_when_stopped
 
@@ -29,9 +30,12 @@ def run_workers(
     settings: dict[str, Any],
     workers: WorkersConfig,
     storage: Path,
-    datasets: "Mapping[str, Dataset] | None" = None,
+    datasets: "Callable[[], Mapping[str, Dataset]] | None" = None,
 ) -> None:
     """Run a function on every worker of a torch process group, and wait for all.
+
+    Workers that die in training are started again, `workers.max_failures` times; what a worker
+    raised on purpose it would raise again, and ends the training.
 
     Args:
         train: a module-level function; it finds the group through torch.distributed.
@@ -39,13 +43,54 @@ def run_workers(
         workers: how many, and what each needs.
         storage: a folder that Ray Train may keep its state in; `metrics.jsonl` beside it is
             followed for progress.
-        datasets: by name; every worker gets its shard, block by block in order.
+        datasets: plans what the workers read, by name, anew for every start; every worker gets
+            its shard, block by block in order.
 
     Raises:
+        ConfigError: the cluster is too small for the workers.
         SpeechalignError: what a worker raised, of the same type.
-        RuntimeError: the workers died of something else.
+        RuntimeError: the workers died of something else once too often.
         Stopped: this process was asked to end, and the workers have saved, or had their time.
     """
+    from ray.train import ControllerError
+
+    _check_resources(workers)
+    for attempt in range(workers.max_failures + 1):
+        try:
+            _start(train, settings, workers, storage, datasets() if datasets else {})
+        except SpeechalignError:
+            raise
+        except RuntimeError as error:
+            # Ray Train never lets go of the CPUs of workers that died while they started, and the
+            # next ones could wait for them for ever: it calls that an error of its controller.
+            if attempt == workers.max_failures or isinstance(error.__cause__, ControllerError):
+                raise
+            logger.warning("%s; starting again from the last checkpoint", error)
+        else:
+            return
+
+
+def _check_resources(workers: WorkersConfig) -> None:
+    """Refuse workers that can never start; Ray Train itself would wait for ever."""
+    available = possible_resources()
+    for kind, each in (("CPU", workers.cpus_per_worker), ("GPU", workers.gpus_per_worker)):
+        wanted = workers.num_workers * each
+        found = available.get(kind, 0.0)
+        if wanted > found + 1e-6:
+            raise ConfigError(
+                f"training wants {wanted:g} {kind}s for {workers.num_workers} workers, the cluster "
+                f"has {found:g}; lower workers.num_workers or {kind.lower()}s_per_worker, or "
+                "join a larger cluster (RAY_ADDRESS)"
+            )
+
+
+def _start(
+    train: WorkerFunction,
+    settings: dict[str, Any],
+    workers: WorkersConfig,
+    storage: Path,
+    datasets: "Mapping[str, Dataset]",
+) -> None:
     from ray.data import ExecutionOptions
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -64,7 +109,7 @@ def run_workers(
             resources_per_worker=resources,
             label_selector=workers.label_selector or None,
         ),
-        datasets=dict(datasets or {}),
+        datasets=dict(datasets),
         dataset_config=DataConfig(
             execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False
         ),
@@ -73,7 +118,7 @@ def run_workers(
             name="ray-train",
             storage_path=str(storage.resolve()),
             failure_config=FailureConfig(
-                max_failures=workers.max_failures,
+                max_failures=0,  # it would start again whatever a worker raised
                 # A dataset would begin again with its first block: who planned it plans anew.
                 max_preemption_failures=0 if datasets else -1,
             ),
@@ -106,7 +151,7 @@ class _Worker:
         torch.set_num_threads(self._num_threads)
         try:
             self._train(settings)
-        except Stopped:  # an error would have Ray start the workers again
+        except Stopped:  # the driver knows; an error would read like a failure
             return
 
 

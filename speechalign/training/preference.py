@@ -32,6 +32,7 @@ from speechalign.artifacts import (
 )
 from speechalign.config.load import config_hash
 from speechalign.config.preference_training import PreferenceTrainingConfig
+from speechalign.config.training import WorkersConfig
 from speechalign.errors import ConfigError, Diverged, LogprobMismatch, Stopped
 from speechalign.policy.ar import LoadedPolicy, load_ar, save_ar
 from speechalign.rows import pairs_from_table
@@ -111,19 +112,17 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
     """Train on pairs and commit the best policy, its version one higher.
 
     Raises:
-        ConfigError: too few pairs for the workers.
+        ConfigError: too few pairs, or too small a cluster.
         Diverged: the loss stopped being finite.
         LogprobMismatch: the loss at step 0 is not that of an unmoved policy.
     """
     pairs = read_pairs(paths.pairs)
     train, _ = split_pairs(pairs, config.heldout_share, config.seed)
-    if len(train) < max(config.pairs_per_step, config.workers.num_workers):
+    if len(train) < config.pairs_per_step:
         raise ConfigError(
-            f"{len(train)} training pairs do not fill one step of {config.pairs_per_step} pairs "
-            f"on {config.workers.num_workers} workers; make more pairs or lower pairs_per_step"
+            f"{len(train)} training pairs do not fill one step of {config.pairs_per_step} pairs; "
+            "make more pairs or lower pairs_per_step"
         )
-    if config.pairs_per_step < config.workers.num_workers:
-        raise ConfigError("pairs_per_step is lower than the number of workers; raise it")
     cached_references(config, pairs, paths.reference, paths.work / REFERENCE)
     settings = {
         "config": config.model_dump(mode="json"),
@@ -133,6 +132,14 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
         },
     }
     run_workers(preference_worker, settings, config.workers, paths.work / "ray")
+    facts = manifest_facts(paths.output)
+    logger.log(
+        logging.INFO if facts["best_step"] else logging.WARNING,
+        "training ended after %d updates: %s; the new policy is that of update %d",
+        facts["num_updates"],
+        facts["stop_reason"],
+        facts["best_step"],
+    )
 
 
 def read_pairs(folder: Path) -> list[PreferencePair]:
@@ -271,7 +278,9 @@ class _PreferenceTrainer:
 
     def _identity(self) -> str:
         """Return what a checkpoint must share with the training that goes on from it."""
-        digest = hashlib.sha256(config_hash(self._config).encode())
+        anywhere = WorkersConfig(num_workers=self._config.workers.num_workers)
+        alike = self._config.model_copy(update={"workers": anywhere})
+        digest = hashlib.sha256(config_hash(alike).encode())
         for folder in (self._paths.policy, self._paths.reference, self._paths.pairs):
             digest.update((folder / MANIFEST).read_bytes())
         return digest.hexdigest()[:16]
@@ -283,7 +292,6 @@ class _PreferenceTrainer:
             raise Diverged(f"the start itself was not worth keeping ({self._stop_reason})")
         if best.step == 0:
             self._stop_reason = f"nothing was better than the start: {self._stop_reason}"
-            logger.warning("%s; the new policy has the old weights", self._stop_reason)
         kept = self._paths.kept(best.step)
         facts = manifest_facts(kept) | {
             "stop_reason": self._stop_reason,

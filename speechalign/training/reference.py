@@ -71,22 +71,22 @@ def sampler_difference(policy_folder: Path, samples: Sequence[Sample], tolerance
     Only samples drawn at temperature 1 with the whole vocabulary can agree.
 
     Raises:
-        LogprobMismatch: it is above the tolerance.
+        LogprobMismatch: it is above the tolerance, or not a number.
     """
     model = load_ar(policy_folder).model
-    worst, where = 0.0, ""
+    worst = 0.0
     for sample in samples:
         batch = collate_answers([(sample.prompt_token_ids, sample.token_ids)])
         logprobs_S = token_logprobs(model, batch)[0, len(sample.prompt_token_ids) :]
         difference = float(np.abs(logprobs_S.numpy() - np.array(sample.logprobs)).max())
-        if difference > worst:
-            worst, where = difference, sample.sample_id
-    if worst > tolerance:
-        raise LogprobMismatch(
-            f"sampler and trainer differ by {worst:.2e} nats on a token of sample {where}, more "
-            f"than {tolerance:.0e}; check that both load {policy_folder} in the same precision, "
-            "and that temperature, top_p and top_k are off"
-        )
+        if not difference <= tolerance:  # NaN is above no limit, and below none
+            raise LogprobMismatch(
+                f"sampler and trainer give different log-probs: {difference:.2e} nats on a token "
+                f"of sample {sample.sample_id} (limit {tolerance:g}, "
+                "training.max_logprob_difference); check that engine.dtype and "
+                "training.engine.precision match"
+            )
+        worst = max(worst, difference)
     return worst
 
 
@@ -140,7 +140,7 @@ def mismatched(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """
     found: list[PreferencePair] = []
     for index, pair in enumerate(pairs):
-        later = [*pairs[index + 1 :], *pairs[:index]]
+        later = (pairs[(index + step) % len(pairs)] for step in range(1, len(pairs)))
         answer = next((p.chosen_token_ids for p in later if _fits(p, pair)), None)
         if answer is None:
             raise ConfigError("kto needs pairs of at least two prompts to estimate its KL")

@@ -91,12 +91,13 @@ class RewardTask:
             "num_train_pairs": len(self._train),
             "num_heldout_pairs": len(self._heldout),
         }
+        kinds = [str(pair.kind) for pair in self._heldout]
+        table = pa.table({"kind": kinds, "margin": margins_N.tolist()})
+        # First: a model that is there is finished, and its report must find them.
+        pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
         save_reward_model(
             folder, reward_model, self._vocabulary, facts | own | _measured(margins_N)
         )
-        kinds = [str(pair.kind) for pair in self._heldout]
-        table = pa.table({"kind": kinds, "margin": margins_N.tolist()})
-        pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
 
 
 def _measured(margins_N: Tensor) -> dict[str, float]:

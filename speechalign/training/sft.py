@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, assert_never
 
@@ -15,12 +16,21 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from speechalign.artifacts import MANIFEST, is_committed, refuse_foreign, sha256_of, verify_folder
+from speechalign.artifacts import (
+    MANIFEST,
+    is_committed,
+    manifest_facts,
+    recover_folder,
+    refuse_foreign,
+    sha256_of,
+    verify_folder,
+)
 from speechalign.config.training import (
     RewardModelConfig,
     SftArConfig,
     SftNarConfig,
     TrainingConfig,
+    WorkersConfig,
 )
 from speechalign.errors import ConfigError, Diverged, Stopped
 from speechalign.locks import held_output
@@ -34,7 +44,13 @@ from speechalign.training.metrics import MetricsWriter
 
 logger = logging.getLogger(__name__)
 
-IDENTITY = "identity"
+IDENTITY, LEARNED = "identity", "learned"
+CHECKPOINT = "checkpoint"
+PACING: Any = {
+    **dict.fromkeys(("output", "log_every", "checkpoint_every"), True),
+    "workers": set(WorkersConfig.model_fields) - {"num_workers"},
+}
+"""Settings that do not change what is learned, and so may differ from the checkpoint's."""
 MAX_BAD_UPDATES = 3
 """Batches in a row whose loss is not finite, after which the run stops."""
 
@@ -69,8 +85,8 @@ def run_training(config: TrainingConfig) -> Path:
     """Train and commit a model; return its folder. A finished one is kept.
 
     Raises:
-        ConfigError: the data cannot be read, or does not fit the model, or the output is
-            something else, perhaps of other data or settings.
+        ConfigError: the data cannot be read, or does not fit the model, or the cluster is too
+            small, or the output or its checkpoint is of other data or settings.
         RunLocked: another process trains it.
         Diverged: the loss stopped being finite.
     """
@@ -91,24 +107,61 @@ def _train_or_keep(config: TrainingConfig) -> Path:
         return config.output
     refuse_foreign(config.output)
     build_task(config)  # a mistake in the data shows here, before any worker starts
-    work = work_folder(config)
+    _refuse_other_checkpoint(config)
     settings = {"config": _with_whole_paths(config).model_dump(mode="json")}
-    run_workers(train_worker, settings, config.workers, work / "ray")
+    run_workers(train_worker, settings, config.workers, work_folder(config) / "ray")
     return config.output
 
 
 def identity_of(config: TrainingConfig) -> str:
-    """Return what a checkpoint and a finished model share with the training that they are of.
+    """Return what a checkpoint and a finished model share with the training that they are of."""
+    return _identity_of(_learned_of(config))
+
+
+def _identity_of(learned: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _learned_of(config: TrainingConfig) -> dict[str, Any]:
+    """Return what the result depends on.
 
     Settings, and the content of files and of committed folders: where they are does not matter.
     """
-    own: dict[str, Any] = config.model_dump(mode="json", exclude={"output", "log_every"})
+    own: dict[str, Any] = config.model_dump(mode="json", exclude=PACING)
+    if config.kind != "reward_model":  # which keeps the best of its looks
+        del own["heldout_every"]
     for name, value in config:
         if name in own and isinstance(value, Path):
             own[name] = _content_of(value)
         elif name in own and isinstance(value, tuple):
             own[name] = [_content_of(v) if isinstance(v, Path) else v for v in value]
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    return own
+
+
+def _refuse_other_checkpoint(config: TrainingConfig) -> None:
+    """Keep the checkpoint of a training with other settings: the next save would replace it."""
+    checkpoint = work_folder(config) / CHECKPOINT
+    recover_folder(checkpoint)
+    if not is_committed(checkpoint):
+        return
+    facts = manifest_facts(checkpoint)
+    learned = _learned_of(config)
+    if facts.get(IDENTITY) == _identity_of(learned):
+        return
+    changed = ", ".join(_changed(learned, facts.get(LEARNED, {})))
+    raise ConfigError(
+        f"{checkpoint} is of a training with another {changed}; go on with what it had (its "
+        f"{MANIFEST} tells), or remove {work_folder(config)} to begin anew"
+    )
+
+
+def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in now.items():
+        former = before.get(name)
+        if isinstance(value, dict) and isinstance(former, dict):
+            yield from (f"{name}.{part}" for part in _changed(value, former))
+        elif value != former:
+            yield name
 
 
 def _content_of(path: Path) -> str:
@@ -157,14 +210,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     num_micro = config.num_steps * config.engine.num_accumulated
     engine = Engine(task.model, config.engine, config.num_steps)
     work = work_folder(config)
-    checkpoint = work / "checkpoint"
-    identity = identity_of(config)
-    if has_checkpoint(checkpoint):
-        if verify_folder(checkpoint).get(IDENTITY) == identity:
-            engine.load(checkpoint)
-            logger.info("resumed after step %d", engine.step_index)
-        else:
-            logger.warning("%s is of other data or settings; starting over", checkpoint)
+    checkpoint = work / CHECKPOINT
+    learned = _learned_of(config)
+    shared = {IDENTITY: _identity_of(learned), LEARNED: learned}
+    if has_checkpoint(checkpoint):  # of this training: the driver has looked
+        verify_folder(checkpoint)
+        engine.load(checkpoint)
+        logger.info("resumed after step %d", engine.step_index)
     first = engine.step_index * config.engine.num_accumulated
     best = BestWeights(work / "best", is_resumed=engine.step_index > 0) if task.keeps_best else None
     with MetricsWriter(work, is_writer=world()[0] == 0, resumed_at=engine.step_index) as metrics:
@@ -172,10 +224,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         for micro in range(first, num_micro):
             loop.step(micro)
             if (micro + 1) % config.engine.num_accumulated == 0:
-                loop.after_update(checkpoint, identity)
+                loop.after_update(checkpoint, shared)
     with engine.whole_weights() as model:
         if world()[0] == 0:
-            facts: dict[str, Any] = {IDENTITY: identity, "num_steps": config.num_steps}
+            facts = {IDENTITY: shared[IDENTITY], "num_steps": config.num_steps}
             if best is not None:
                 facts["best_step"] = best.load_into(model)
             task.save(config.output, model, facts)
@@ -213,8 +265,12 @@ class _Loop:
             self._count += count
             self._engine.update(global_mean(total, count))
 
-    def after_update(self, checkpoint: Path, identity: str) -> None:
+    def after_update(self, checkpoint: Path, shared: Mapping[str, Any]) -> None:
         """Log, evaluate and save when it is time.
+
+        Args:
+            checkpoint: the folder.
+            shared: what it and a training that goes on from it have in common.
 
         Raises:
             Stopped: the driver was asked to end; everything is saved.
@@ -226,7 +282,7 @@ class _Loop:
             self._look(step)
         asked = stop_is_asked(checkpoint.parent, self._engine.device)
         if asked or step % config.checkpoint_every == 0 or step == config.num_steps:
-            with checkpoint_folder(checkpoint, {"step_index": step, IDENTITY: identity}) as partial:
+            with checkpoint_folder(checkpoint, {"step_index": step, **shared}) as partial:
                 self._engine.save(partial)
         if asked:
             logger.info("saved after step %d, and stopped", step)

@@ -16,12 +16,10 @@ from speechalign.policy.logprobs import answer_logprobs
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.training.batches import BatchPlan
-from speechalign.training.golden import GoldenSet, read_golden
+from speechalign.training.golden import CODEBOOK_SIZE, GoldenSet, read_golden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CODEBOOK_SIZE = 1024
 
 
 class ArTask:

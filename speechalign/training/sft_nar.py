@@ -19,9 +19,7 @@ from speechalign.errors import ConfigError
 from speechalign.policy.nar import NarModel, save_nar
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import BatchPlan
-from speechalign.training.golden import GoldenSet, read_golden
-
-CODEBOOK_SIZE = 1024
+from speechalign.training.golden import CODEBOOK_SIZE, GoldenSet, read_golden
 
 
 class NarTask:

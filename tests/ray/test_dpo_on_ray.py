@@ -1,7 +1,10 @@
 """DPO on real Ray Train workers with a real DeepSpeed engine."""
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,9 +13,11 @@ import torch
 
 from speechalign.artifacts import committed_folder
 from speechalign.config.preference_training import PreferenceTrainingConfig
-from speechalign.errors import ConfigError, LogprobMismatch
+from speechalign.config.training import WorkersConfig
+from speechalign.errors import ConfigError, Diverged, LogprobMismatch
 from speechalign.policy.ar import load_ar, save_ar
 from speechalign.rows import pairs_to_table
+from speechalign.training.launch import run_workers
 from speechalign.training.metrics import read_metrics
 from speechalign.training.preference import PAIRS, TrainingPaths, split_pairs, train_on_pairs
 from speechalign.training.reference import sampler_difference
@@ -154,3 +159,28 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(stack: TinyStac
     )
     with pytest.raises(LogprobMismatch, match="sample p0/0"):
         sampler_difference(stack.ar, [sample], 1e-4)
+
+
+def dies_once(settings: dict[str, Any]) -> None:
+    mark = Path(settings["folder"]) / "died"
+    if not mark.exists():
+        time.sleep(5)  # both are in training by then, and the others want all CPUs of the two
+        mark.touch()
+        os._exit(1)
+    (mark.parent / "done").touch()
+
+
+def diverges(settings: dict[str, Any]) -> None:
+    if torch.distributed.get_rank() == 0:
+        with (Path(settings["folder"]) / "starts").open("a") as file:
+            file.write("x")
+    raise Diverged("not finite")
+
+
+def test_a_worker_whose_process_dies_is_started_again_and_one_that_diverges_is_not(tmp_path: Path):
+    workers, settings = WorkersConfig(num_workers=2, max_failures=2), {"folder": str(tmp_path)}
+    run_workers(dies_once, settings, workers, tmp_path / "one" / "ray")
+    assert (tmp_path / "done").exists()
+    with pytest.raises(Diverged, match="not finite"):
+        run_workers(diverges, settings, workers, tmp_path / "two" / "ray")
+    assert (tmp_path / "starts").read_text() == "x"

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile as sf
 
+from speechalign.config.codec import EmbeddedCodecConfig
 from speechalign.config.prepare import PrepareConfig
 from speechalign.errors import ConfigError, DataError
 from speechalign.pipeline.prepare import run_prepare
@@ -93,4 +94,28 @@ def test_a_corpus_without_one_good_recording_is_an_error_and_leaves_nothing(tmp_
     config = write_manifest(tmp_path, [{"path": "page.wav"}, {"path": "none.wav"}])
     with pytest.raises(DataError, match="not one of 2 recordings can be used"):
         run_prepare(config)
+    assert not config.output.exists()
+
+
+def test_the_rows_are_in_the_order_of_the_manifest_whichever_actor_is_faster(tmp_path: Path):
+    buzz(tmp_path / "long.wav", 29.0, 16000)
+    buzz(tmp_path / "short.wav", 0.5, 16000)
+    names = ["long.wav", *["short.wav"] * 5]
+    rows = [{"path": name, "id": f"c{number}"} for number, name in enumerate(names)]
+    config = write_manifest(tmp_path, rows)
+    pool = config.pool.model_copy(update={"batch_size": 1})
+    run_prepare(config.model_copy(update={"pool": pool}))
+    golden = pq.read_table(config.output / "golden.parquet")
+    assert golden["clip_id"].to_pylist() == [f"c{number}" for number in range(6)]
+
+
+def test_what_can_never_work_is_a_config_error(tmp_path: Path):
+    buzz(tmp_path / "a.wav", 0.5, 16000)
+    config = write_manifest(tmp_path, [{"path": "a.wav"}])
+    pool = config.pool.model_copy(update={"num_cpus": 500.0})
+    with pytest.raises(ConfigError, match=r"want 1000 CPU \(encode 1000\)"):
+        run_prepare(config.model_copy(update={"pool": pool}))
+    codec = EmbeddedCodecConfig(path=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="nowhere has no codec"):
+        run_prepare(config.model_copy(update={"codec": codec}))
     assert not config.output.exists()

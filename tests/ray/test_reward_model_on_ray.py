@@ -1,5 +1,6 @@
 """A reward model learns what separates the sides of its pairs, and then rewards samples."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from speechalign.artifacts import committed_folder, manifest_facts
+from speechalign.artifacts import MANIFEST, committed_folder, manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.config.training import EngineConfig, RewardModelConfig, WorkersConfig
 from speechalign.errors import ConfigError, DataError
@@ -21,7 +22,7 @@ from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import pairs_to_table
 from speechalign.training.metrics import read_metrics
 from speechalign.training.preference import PAIRS, read_pairs, split_pairs
-from speechalign.training.sft import work_folder
+from speechalign.training.sft import identity_of, work_folder
 from speechalign.types import PairKind, PreferencePair
 from tests.tiny_stack import TinyStack, tiny_recipe
 
@@ -82,9 +83,12 @@ def test_it_learns_judges_a_run_and_is_kept(stack: TinyStack, tmp_path: Path):
     assert any(not torch.equal(fresh[name], heard[name]) for name in fresh)
     page = (tmp_path / "rm-work" / "report.html").read_text()
     assert page.count("<svg") >= 3
-    written = (config.output / "model.safetensors").stat().st_mtime_ns
-    train_reward_model(config)
-    assert (config.output / "model.safetensors").stat().st_mtime_ns == written
+    work = work_folder(config)
+    kept = [config.output / "model.safetensors", work / "report.html"]
+    written = [path.stat().st_mtime_ns for path in kept]
+    (work / "heldout_margins.parquet").unlink()  # what the report was made of is not needed again
+    assert train_reward_model(config) == said
+    assert [path.stat().st_mtime_ns for path in kept] == written
 
     values = tiny_recipe(stack, tmp_path / "run").model_dump(mode="json")
     values["judges"] = [{"kind": "reward_model", "path": str(config.output)}]
@@ -134,6 +138,16 @@ def test_the_head_alone_learns_and_golden_answers_are_worth_nothing_in_the_mean(
     assert np.mean(chosen) == pytest.approx(0, abs=1e-4)
 
 
+def forget_the_end_of(config: RewardModelConfig) -> None:
+    """Leave what a killed training leaves: a checkpoint, of one that had all its steps to do."""
+    shutil.rmtree(config.output)
+    (work_folder(config) / "report.html").unlink()
+    manifest = work_folder(config) / "checkpoint" / MANIFEST
+    known = json.loads(manifest.read_text())
+    known["facts"]["identity"] = identity_of(config)
+    manifest.write_text(json.dumps(known))
+
+
 def metrics_of(config: RewardModelConfig) -> list[dict[str, float]]:
     return read_metrics(work_folder(config) / "metrics.jsonl")
 
@@ -160,7 +174,7 @@ def test_the_weights_of_the_lowest_heldout_loss_survive_a_kill(stack: TinyStack,
 
     killed = config.model_copy(update=changes | {"output": tmp_path / "killed"})
     train_reward_model(killed.model_copy(update={"num_steps": 10}))
-    shutil.rmtree(killed.output)
+    forget_the_end_of(killed)
     with (work_folder(killed) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "loss": 9.0}\n')  # it came as far, without a checkpoint
     said = train_reward_model(killed)

@@ -1,5 +1,6 @@
 """The real stages in real Ray actors, with tiny random models."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,21 @@ from speechalign.config.sampling import (
     SamplingConfig,
     TransformersConfig,
 )
-from speechalign.errors import ConfigError, DataError
+from speechalign.errors import ConfigError, DataError, EngineDead
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.nar import NarModel, save_nar
 from speechalign.policy.vocabulary import Vocabulary
+from speechalign.resources import possible_resources
 from speechalign.rows import QUARANTINE, RENDERED, prompts_to_table
 from speechalign.sampling.pipeline import (
+    MAX_RESTARTS,
     Stage,
     check_resources,
-    possible_resources,
+    errors_of_actors,
     render_stage,
     sample_and_judge,
     sample_stage,
+    stream,
 )
 from speechalign.types import Prompt
 
@@ -56,6 +60,23 @@ class LengthJudge:
         seconds = [len(pcm) / 2 / 16_000 for pcm in sounds]
         batch = batch.append_column("length", pa.array(seconds, pa.float32()))
         return batch.append_column("judge_seconds", pa.array([0.5] * len(batch), pa.float32()))
+
+
+class Fragile:
+    """At row 3 its process ends or its engine is dead, once or always."""
+
+    def __init__(self, folder: Path, *, dies: str) -> None:
+        self._mark, self._dies = folder / "died", dies
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        is_due = self._dies == "always" or not (self._dies == "never" or self._mark.exists())
+        if is_due and 3 in batch["x"].to_pylist():
+            with self._mark.open("a") as file:
+                file.write("x")
+            if self._dies == "engine":
+                raise EngineDead("burnt out")
+            os._exit(1)
+        return batch
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +187,25 @@ def test_nodes_that_an_autoscaler_may_add_count(monkeypatch: pytest.MonkeyPatch)
     assert possible_resources() == {"CPU": 14.0, "GPU": 3.0}
     most = None
     assert possible_resources() == {"CPU": 2.0}
+
+
+def through_a_fragile_stage(folder: Path, dies: str) -> list[int]:
+    stages = [
+        Stage(name=name, stage=Fragile, arguments={"folder": path, "dies": how}, pool=POOL)
+        for name, path, how in (("strong", folder.parent, "never"), ("weak", folder, dies))
+    ]
+    dataset = stream(pa.table({"x": list(range(8))}), stages)
+    with errors_of_actors(stages):
+        return [row["x"] for row in dataset.take_all()]
+
+
+@pytest.mark.filterwarnings("error::ray.util.annotations.RayDeprecationWarning")
+def test_a_stage_that_dies_once_goes_on_and_one_that_always_dies_is_named(tmp_path: Path) -> None:
+    for dies in ("once", "engine", "always"):
+        (tmp_path / dies).mkdir()
+    assert through_a_fragile_stage(tmp_path / "once", "once") == list(range(8))
+    assert through_a_fragile_stage(tmp_path / "engine", "engine") == list(range(8))
+    assert (tmp_path / "engine" / "died").read_text() == "x"
+    with pytest.raises(EngineDead, match="stage 'weak': its process died"):
+        through_a_fragile_stage(tmp_path / "always", "always")
+    assert (tmp_path / "always" / "died").read_text() == "x" * (1 + MAX_RESTARTS)

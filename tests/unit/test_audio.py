@@ -1,3 +1,4 @@
+import errno
 import json
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def test_samples_without_a_header_are_refused_like_any_bad_file(tmp_path: Path):
         read_speech(tmp_path / "a.raw", 16000, LIMITS)
 
 
+def test_a_file_that_cannot_be_read_is_a_bad_file_and_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(DataError, match="x: File name too long"):
+        read_speech(tmp_path / ("x" * 300), 16000, LIMITS)
+    path = write(tmp_path / "a.wav", tone())
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(DataError, match=r"a\.wav: Input/output error"):
+        read_speech(path, 16000, LIMITS)
+
+
 def manifest(folder: Path, name: str, content: str | bytes) -> list[Recording]:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -203,6 +219,7 @@ def test_a_missing_transcript_costs_one_recording_not_the_manifest(tmp_path: Pat
         ("m.csv", "path,text,speaker\na.wav,one\n", "row 1: no speaker"),
         ("m.csv", "path,text,speaker,split\na.wav,one,s,dev\n", "split 'dev' is neither"),
         ("m.jsonl", '["a.wav", "one", "s"]', "row 1: not an object"),
+        ("m.csv", f"path,text,speaker\na.wav,{'x' * 200_000},s\n", "field larger than field limit"),
     ],
 )
 def test_a_row_that_is_no_recording_is_named(tmp_path: Path, name: str, content: str, reason: str):

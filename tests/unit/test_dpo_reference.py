@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from speechalign.config.policy import ArConfig
-from speechalign.errors import ConfigError
+from speechalign.errors import ConfigError, LogprobMismatch
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.training.preference import split_pairs
@@ -13,8 +13,10 @@ from speechalign.training.reference import (
     cached_reference_logprobs,
     mismatched,
     pair_logprobs,
+    sampler_difference,
 )
 from speechalign.types import PairKind, PreferencePair
+from tests.builders import a_sample
 
 VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
 FACTS = {"codec_fingerprint": "f", "policy_version": 0, "prefix_frames": 4}
@@ -95,3 +97,14 @@ def test_the_entropy_of_pairs_is_a_mean_over_their_tokens_and_only_on_request():
             of_tokens += (-(shares_SV * shares_SV.log()).sum(-1)).tolist()
         expected.append(sum(of_tokens) / len(of_tokens))
     assert entropy_B.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_sampler_that_is_not_a_number_disagrees(policy: Path):
+    said = replace(a_sample(num_tokens=2), token_ids=(8, 1))
+    with pytest.raises(LogprobMismatch, match="nats on a token of sample p0/0") as caught:
+        sampler_difference(policy, [said], 1e-4)
+    off = float(str(caught.value).split("log-probs: ")[1].split()[0])
+    assert sampler_difference(policy, [said], 1.1 * off) == pytest.approx(off, rel=0.01)
+    unknown = replace(said, prompt_id="p1", logprobs=(float("nan"), -0.5))
+    with pytest.raises(LogprobMismatch, match=r"nan nats on a token of sample p1/0 \(limit 99"):
+        sampler_difference(policy, [said, unknown], 99.0)

@@ -1,7 +1,7 @@
 """A training on pairs that is killed, or asked to stop, ends like one that was left alone."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,12 @@ from speechalign.policy.ar import load_ar
 from speechalign.rows import pairs_to_table
 from speechalign.training import preference
 from speechalign.training.metrics import MetricsWriter, read_metrics
-from speechalign.training.preference import PAIRS, TrainingPaths, preference_worker
+from speechalign.training.preference import (
+    PAIRS,
+    TrainingPaths,
+    preference_worker,
+    split_pairs,
+)
 from speechalign.training.stopping import STOP_REQUEST
 from speechalign.types import PreferencePair
 from tests.builders import some_pairs
@@ -146,10 +151,43 @@ def test_the_driver_makes_all_that_ranks_would_write_to_one_folder(
 
     def workers(*settings: object) -> None:
         made.extend(sorted(path.name for path in training.paths.work.glob("reference*")))
+        facts = {"best_step": 2, "num_updates": 9, "stop_reason": "all epochs done"}
+        with committed_folder(training.paths.output, facts):
+            pass
 
     monkeypatch.setattr(preference, "run_workers", workers)
     preference.train_on_pairs(training.config, training.paths)
     assert made == ["reference", "reference-mismatched"]
+
+
+@pytest.mark.parametrize("is_learnable", [True, False])
+def test_the_driver_says_why_a_training_ended(
+    stack: TinyStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_learnable: bool,
+):
+    train, heldout = split_pairs(LEARNABLE_PAIRS, 0.2, 0)
+    turned = [  # whatever is learned, the contrary is right there
+        replace(p, chosen_token_ids=p.rejected_token_ids, rejected_token_ids=p.chosen_token_ids)
+        for p in heldout
+    ]
+    training = Training(stack, tmp_path, pairs=[*train, *(heldout if is_learnable else turned)])
+
+    def workers(worker: Callable[[Any], None], settings: Any, *others: object) -> None:
+        worker(settings)
+
+    monkeypatch.setattr(preference, "run_workers", workers)
+    with caplog.at_level("INFO"):
+        preference.train_on_pairs(training.config, training.paths)
+    facts = manifest_facts(training.paths.output)
+    (said,) = [r for r in caplog.records if r.getMessage().startswith("training ended")]
+    assert said.levelname == ("INFO" if is_learnable else "WARNING")
+    assert said.getMessage() == (
+        f"training ended after {facts['num_updates']} updates: {facts['stop_reason']}; the new "
+        f"policy is that of update {facts['best_step']}"
+    )
 
 
 def test_a_training_that_is_asked_to_stop_saves_after_the_update_at_hand(

@@ -26,7 +26,10 @@ def test_it_is_of_settings_and_content_and_of_no_place(tmp_path: Path):
     golden = a_file(tmp_path / "golden.parquet")
     mine = identity_of(a_config(golden))
     moved = a_file(tmp_path / "elsewhere" / "g.parquet")
-    assert identity_of(a_config(moved, log_every=7)) == mine
+    workers = {"num_workers": 2, "threads_per_worker": 3, "cpus_per_worker": 0.5, "max_failures": 0}
+    pace = {"log_every": 7, "heldout_every": 7, "checkpoint_every": 7, "workers": workers}
+    assert identity_of(a_config(moved, **pace)) == mine
+    assert identity_of(a_config(golden, workers={"num_workers": 1})) != mine
     assert identity_of(a_config(golden, seed=1)) != mine
     assert identity_of(a_config(a_file(golden, "others"))) != mine
 
@@ -38,12 +41,12 @@ def test_it_is_of_the_pairs_that_a_reward_model_learns_from(tmp_path: Path):
             pass
     policy, *pairs = folders
     one, two = (
-        identity_of(
-            RewardModelConfig(policy=policy, pairs=(path,), output=tmp_path / "rm", num_steps=3)
-        )
+        RewardModelConfig(policy=policy, pairs=(path,), output=tmp_path / "rm", num_steps=3)
         for path in pairs
     )
-    assert one != two
+    assert identity_of(one) != identity_of(two)
+    looks = one.model_copy(update={"heldout_every": 7})  # the best of other looks is another
+    assert identity_of(looks) != identity_of(one)
 
 
 def test_a_finished_model_of_other_settings_is_not_taken_for_this_one(tmp_path: Path):

@@ -1,6 +1,7 @@
 """The loop of a supervised training on one rank: resume, and batches that are not finite."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from torch import Tensor, nn
 
 from speechalign.artifacts import manifest_facts
 from speechalign.config.training import SftArConfig
+from speechalign.errors import ConfigError
+from speechalign.training import sft
 from speechalign.training.metrics import read_metrics
-from speechalign.training.sft import IDENTITY, identity_of, train_worker, work_folder
+from speechalign.training.sft import (
+    IDENTITY,
+    identity_of,
+    run_training,
+    train_worker,
+    work_folder,
+)
 from speechalign.training.sft_ar import ArTask
 from tests.online_toy import a_process_group
 from tests.tiny_stack import TinyStack, build_tiny_stack
@@ -50,19 +59,30 @@ def logged(rows: list[dict[str, float]]) -> list[float]:
     return [row["step"] for row in rows if "learning_rate" in row]
 
 
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
-    stack: TinyStack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_checkpoint_of_other_settings_is_kept_and_named(
+    stack: TinyStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    def workers(worker: Callable[[Any], None], settings: Any, *others: object) -> None:
+        worker(settings)
+
+    monkeypatch.setattr(sft, "run_workers", workers)
     config = a_config(stack, tmp_path / "ar")
-    assert logged(run(config)) == [1, 2, 3, 4]
-    other = config.model_copy(update={"seed": 1})
-    with caplog.at_level("WARNING"):
-        assert logged(run(other)) == [1, 2, 3, 4]
-    assert "of other data or settings; starting over" in caplog.text
-    assert manifest_facts(config.output)[IDENTITY] == identity_of(other)
-    caplog.clear()
-    run(other)  # its own: every step is behind it
-    assert "starting over" not in caplog.text
+    run_training(config)
+    shutil.rmtree(config.output)
+    before = manifest_facts(work_folder(config) / "checkpoint")
+
+    engine = config.engine.model_copy(update={"learning_rate": 1.0})
+    other = config.model_copy(update={"seed": 1, "engine": engine})
+    with pytest.raises(ConfigError, match=r"another seed, engine\.learning_rate; .* or remove"):
+        run_training(other)
+    assert manifest_facts(work_folder(config) / "checkpoint") == before
+
+    shutil.move(work_folder(config) / "metrics.jsonl", tmp_path)
+    workers_of = config.workers.model_copy(update={"threads_per_worker": 2})
+    slower = {"checkpoint_every": 3, "heldout_every": 1, "workers": workers_of}
+    run_training(config.model_copy(update=slower))
+    assert not (work_folder(config) / "metrics.jsonl").read_text()  # every step is behind it
+    assert manifest_facts(config.output)[IDENTITY] == identity_of(config)
 
 
 def test_a_batch_that_is_not_finite_counts_and_the_last_step_is_looked_at(
