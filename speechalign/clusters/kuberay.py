@@ -4,6 +4,7 @@ The tables name the fields that we use or that people add first; a field that is
 refused with the nearest name. They are a reduction of the operator's CRDs (v1, 2026-11).
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import yaml
 
 from speechalign.clusters.findings import Finding, Values, items, join, mapping, unknown_keys
-from speechalign.clusters.ray_up import POOL_LABEL
+from speechalign.clusters.placement import NodeKind
+from speechalign.clusters.ray_up import POOL_LABEL, UNLABELLED
 from speechalign.clusters.serve_file import check_runtime_env, check_serve
+from speechalign.config.serving import IMPORT_PATH, ServingConfig
 
 ANY = object()
 """Anything: checked elsewhere, or by Kubernetes."""
@@ -33,6 +36,8 @@ POD: dict[str, Any] = {
 }  # fmt: skip
 TEMPLATE = {"metadata": ANY, "spec!": POD}
 DASHBOARD_PORT = 8265
+DELETION_DELAY_S = 60
+"""The operator's, before a RayService's old cluster is deleted."""
 RULES = {"ingressRules": ANY, "egressRules": ANY}
 RAY_CLUSTER: dict[str, Any] = {
     "rayVersion!": str, "enableInTreeAutoscaling": bool, "suspend": bool, "managedBy": str,
@@ -107,6 +112,7 @@ def check_kuberay(values: Values) -> list[Finding]:
         findings += _cluster(cluster, where)
     findings += _embedded(spec, "runtimeEnvYAML", check_runtime_env)
     findings += _embedded(spec, "serveConfigV2", check_serve)
+    findings += _drains(spec)
     if spec.get("backoffLimit") and not spec.get("shutdownAfterJobFinishes"):
         findings.append(
             Finding("spec.shutdownAfterJobFinishes", "each retry makes a new cluster, and the old "
@@ -115,12 +121,33 @@ def check_kuberay(values: Values) -> list[Finding]:
     return sorted(set(findings))
 
 
-def pool_labels(values: Values) -> list[dict[str, str]]:
-    """Return the labels of each worker group."""
+def worker_groups(values: Values) -> list[NodeKind]:
+    """Return each worker group as the kind of node that it makes."""
     spec = mapping(values.get("spec"))
     key = CLUSTER_OF.get(str(values.get("kind")), "")
     cluster = mapping(spec.get(key)) if key else spec
-    return [mapping(mapping(one).get("labels")) for one in items(cluster.get("workerGroupSpecs"))]
+    return [_kind(mapping(one)) for one in items(cluster.get("workerGroupSpecs"))]
+
+
+def _kind(group: Values) -> NodeKind:
+    labels = mapping(group.get("labels"))
+    containers = items(mapping(mapping(group.get("template")).get("spec")).get("containers"))
+    if "resources" in group or not containers:  # what Ray is told instead is not read here
+        return NodeKind(labels=labels, cpus=None, gpus=None)
+    limits = mapping(mapping(mapping(containers[0]).get("resources")).get("limits"))
+    params = mapping(group.get("rayStartParams"))
+    cards = [count for name, count in limits.items() if str(name).endswith("gpu")]
+    return NodeKind(
+        labels=labels,
+        cpus=_count(params.get("num-cpus", limits.get("cpu"))),
+        gpus=_count(params.get("num-gpus", cards[0] if cards else 0)),
+    )
+
+
+def _count(quantity: Any) -> int | None:
+    """Return a quantity of Kubernetes as the operator tells it to Ray; None: it is no number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(quantity))
+    return math.ceil(float(found[1]) / (1000 if found[2] else 1)) if found else None
 
 
 def _fits(value: Any, shape: Any, where: str) -> Iterator[Finding]:
@@ -187,7 +214,8 @@ def _cluster(cluster: Values, where: str) -> Iterator[Finding]:
 def _reached_by_the_operator(cluster: Values, where: str) -> Iterator[Finding]:
     policy = mapping(cluster.get("networkPolicy"))
     rules = items(mapping(policy.get("head")).get("ingressRules"))
-    ports = [mapping(port).get("port") for rule in rules for port in items(rule.get("ports"))]
+    ports = [mapping(port).get("port") for rule in rules
+             for port in items(mapping(rule).get("ports"))]  # fmt: skip
     if policy and policy.get("mode") != "DenyAllEgress" and DASHBOARD_PORT not in ports:
         yield Finding(join(where, "networkPolicy.head.ingressRules"),
                       f"none for port {DASHBOARD_PORT}: the operator could not send the job or "
@@ -202,13 +230,47 @@ def _worker(group: Values, where: str) -> Iterator[Finding]:
     if "maxReplicas" not in group:
         yield Finding(where, "no maxReplicas: the group could grow without end")
     if POOL_LABEL not in mapping(group.get("labels")):
-        yield Finding(where, f"no label {POOL_LABEL}: nothing of ours is placed there")
+        yield Finding(where, UNLABELLED)
     yield from _params(group, where)
     yield from _images(group, where)
     grace = mapping(mapping(group.get("template")).get("spec")).get("terminationGracePeriodSeconds")
     if not isinstance(grace, int) or grace < 60:
         yield Finding(join(where, "template.spec.terminationGracePeriodSeconds"),
                       f"{grace}: a stopped worker needs at least 60 s to save")  # fmt: skip
+
+
+def _drains(spec: Values) -> Iterator[Finding]:
+    """Find what would end the streams of a RayService before Serve does."""
+    drain_s = _drain_s(spec)
+    delay_s = spec.get("rayClusterDeletionDelaySeconds", DELETION_DELAY_S)
+    if isinstance(delay_s, int) and delay_s < drain_s:
+        yield Finding(
+            "spec.rayClusterDeletionDelaySeconds",
+            f"{delay_s}: streams of the old cluster may take drain_s, {drain_s:g} s",
+        )
+    groups = items(mapping(spec.get("rayClusterConfig")).get("workerGroupSpecs"))
+    for number, group in enumerate(groups):
+        pod = mapping(mapping(mapping(group).get("template")).get("spec"))
+        grace_s = pod.get("terminationGracePeriodSeconds")
+        if isinstance(grace_s, int) and grace_s < drain_s:
+            place = f"spec.rayClusterConfig.workerGroupSpecs.{number}.template.spec"
+            yield Finding(
+                join(place, "terminationGracePeriodSeconds"),
+                f"{grace_s}: streams may take the endpoint's drain_s, {drain_s:g} s",
+            )
+
+
+def _drain_s(spec: Values) -> float:
+    """Return how long our application may finish its streams; 0 without one."""
+    try:
+        served = mapping(yaml.safe_load(str(spec.get("serveConfigV2"))))
+    except yaml.YAMLError:
+        return 0.0  # which is said where it stands
+    usual = ServingConfig.model_fields["drain_s"].default
+    applications = [mapping(one) for one in items(served.get("applications"))]
+    given = [mapping(one.get("args")).get("drain_s", usual)
+             for one in applications if one.get("import_path") == IMPORT_PATH]  # fmt: skip
+    return max((float(one) for one in given if isinstance(one, int | float)), default=0.0)
 
 
 def _params(group: Values, where: str) -> Iterator[Finding]:

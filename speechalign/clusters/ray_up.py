@@ -8,8 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from speechalign.clusters.findings import Finding, Values, items, join, mapping, unknown_keys
+from speechalign.clusters.placement import NodeKind
 
 POOL_LABEL = "speechalign-pool"
+UNLABELLED = (
+    f"no label {POOL_LABEL}: a recipe whose selectors name a pool will not use these nodes, and "
+    "one without selectors may place anything on them"
+)
 SHARED_KEYS = frozenset({"type", "region", "availability_zone", "cache_stopped_nodes",
                          "use_internal_ips"})  # fmt: skip
 PROVIDER_KEYS: Mapping[str, frozenset[str]] = {
@@ -62,11 +67,19 @@ def check_ray_up(values: Values, folder: Path) -> list[Finding]:
     return sorted({finding for check in checks for finding in check(values)})
 
 
-def labels_of(values: Values) -> list[dict[str, str]]:
-    """Return the labels of each node type that may have nodes, the head's left out."""
+def node_types(values: Values) -> list[NodeKind]:
+    """Return each node type, the head's left out."""
     head = values.get("head_node_type")
-    types = mapping(values.get("available_node_types"))
-    return [mapping(one.get("labels")) for name, one in types.items() if name != head]
+    return [_kind(one) for name, _, one in _types(values) if name != head]
+
+
+def _kind(node_type: Values) -> NodeKind:
+    resources = mapping(node_type.get("resources"))
+    cpus, gpus = (
+        float(count) if isinstance(count, int | float) else None
+        for count in (resources.get("CPU"), resources.get("GPU"))
+    )
+    return NodeKind(labels=mapping(node_type.get("labels")), cpus=cpus, gpus=gpus)
 
 
 def _ray_says(values: Values) -> Iterator[Finding]:
@@ -97,14 +110,18 @@ def _limits(values: Values) -> Iterator[Finding]:
     head = values.get("head_node_type")
     for name, where, one in _types(values):
         least, most = one.get("min_workers", 0), one.get("max_workers")
-        if name != head and most is None and mapping(values.get("provider"))["type"] != "local":
+        if name != head and most is None and not _is_local(values):
             yield Finding(where, "no max_workers: the type could grow to the cluster's maximum")
         if isinstance(most, int) and isinstance(least, int) and least > most:
             yield Finding(where, f"min_workers {least} exceeds max_workers {most}")
 
 
+def _is_local(values: Values) -> bool:
+    return mapping(values.get("provider")).get("type") == "local"
+
+
 def _head(values: Values) -> Iterator[Finding]:
-    if mapping(values.get("provider")).get("type") == "local":
+    if _is_local(values):
         return  # machines on premises are all of one type
     name = str(values.get("head_node_type"))
     head = mapping(mapping(values.get("available_node_types")).get(name))
@@ -123,7 +140,7 @@ def _workers(values: Values) -> Iterator[Finding]:
             continue
         pool = mapping(one.get("labels")).get(POOL_LABEL)
         if pool is None:
-            yield Finding(place, f"no label {POOL_LABEL}: nothing of ours is placed there")
+            yield Finding(place, UNLABELLED)
         if pool == "train" and _is_spot(mapping(one.get("node_config"))):
             yield Finding(place, "trainers on spot machines restart again and again; on demand")
 
@@ -241,7 +258,7 @@ def _machines(values: Values) -> Iterator[Finding]:
         machine = MACHINES[name]
         for key, has in (("CPU", machine.cpus), ("GPU", machine.gpus)):
             asked = resources.get(key, 0)
-            if isinstance(asked, int) and asked not in (0, has) and asked > has:
+            if isinstance(asked, int) and asked > has:
                 yield Finding(join(where, f"resources.{key}"), f"{asked}, but {name} has {has}")
         if machine.gpus and resources.get("GPU", 0) != machine.gpus:
             yield Finding(join(where, "resources.GPU"), f"{name} has {machine.gpus} GPUs: say so")

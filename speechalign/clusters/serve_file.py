@@ -7,10 +7,9 @@ from pydantic import ValidationError
 
 from speechalign.clusters.findings import Finding, Values, items, join, mapping, unknown_keys
 from speechalign.config.load import validated
-from speechalign.config.serving import ServingConfig, is_loopback
+from speechalign.config.serving import IMPORT_PATH, ServingConfig, is_loopback
 from speechalign.errors import ConfigError
 
-OURS = "speechalign.serving.app:build"
 RUNTIME_KEYS = frozenset({"env_vars", "working_dir", "py_modules", "excludes", "pip", "uv", "conda",
                           "image_uri", "py_executable", "config"})  # fmt: skip
 
@@ -38,7 +37,7 @@ def check_serve(values: Values) -> list[Finding]:
         findings += check_runtime_env(
             mapping(one.get("runtime_env")), join(where, "runtime_env"), is_remote=True
         )
-        if one.get("import_path") == OURS:
+        if one.get("import_path") == IMPORT_PATH:
             findings += _ours(mapping(one.get("args")), http, join(where, "args"))
     return sorted(set(findings))
 

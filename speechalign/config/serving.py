@@ -10,9 +10,20 @@ from speechalign.config.base import Config
 from speechalign.config.codec import CodecConfig, EmbeddedCodecConfig
 from speechalign.config.sampling import GenerationEngineConfig, RenderingConfig, VllmConfig
 
-Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name: TypeAlias = Annotated[str, Field(pattern=NAME_PATTERN)]
 """Of a model or a voice: what may stand in a URL and in a file name."""
 AudioFormat: TypeAlias = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+
+APPLICATION, IMPORT_PATH = "speechalign", "speechalign.serving.app:build"
+"""What a file of Ray Serve calls the endpoint, and where Serve finds it."""
+INGRESS, RENDERER = "ingress", "renderer"
+"""Deployments of the application; each policy has one more, `speaker_name`."""
+
+
+def speaker_name(policy: str) -> str:
+    """Return the name of a policy's deployment."""
+    return f"speaker-{policy}"
 
 
 class ReplicasConfig(Config):
@@ -167,8 +178,11 @@ class ServingConfig(Config):
     renderer_replicas: ReplicasConfig = ReplicasConfig()
     pcm_sample_rate_hz: int = Field(default=24_000, ge=8_000, le=48_000)
     """Of raw PCM, which cannot say its rate: OpenAI's clients take it for 24 kHz."""
-    drain_s: float = Field(default=60.0, gt=0)
-    """A replica that is replaced may finish its streams for as long."""
+    drain_s: float = Field(default=300.0, gt=0)
+    """A replica that ends may finish its streams for as long; it ends when the last one has.
+
+    4,096 characters, the longest input, are 293 s of speech, spoken as fast as they are heard.
+    """
 
     @model_validator(mode="after")
     def _an_answer_fits_the_engine(self) -> "ServingConfig":

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import psutil
 
-from speechalign.config.serving import ServingConfig
+from speechalign.config.serving import APPLICATION, ServingConfig, speaker_name
 from speechalign.pipeline.cluster import LOCAL_ENVIRONMENT
-from speechalign.pipeline.serve import APPLICATION, Endpoint, deployed
+from speechalign.pipeline.serve import Endpoint, deployed
 
 PCM_WARM_UP_S = 5.0
 
@@ -59,7 +59,7 @@ async def _killed(endpoint: Endpoint, address: str) -> dict[str, Any]:
 
     model, voice = _model_and_voice(endpoint.config)
     async with _clients(endpoint, address, 1) as client:
-        return await outage(over_http(client, model, voice), replica_of(f"speaker-{model}").kill)
+        return await outage(over_http(client, model, voice), replica_of(speaker_name(model)).kill)
 
 
 @asynccontextmanager

@@ -30,11 +30,13 @@ from speechalign.judges.user_code import load_user_class
 from speechalign.judges.whisper import model_folder
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.sample import judging_stages, sampling_stage, speaking_stages
+from speechalign.policy.ar import check_ar
 from speechalign.policy.nar import load_nar
 from speechalign.policy.reward_model import load_reward_model
+from speechalign.resources import possible_resources
 from speechalign.rows import GOLDEN, NOT_RENDERED, RENDERED, waveform_from_pcm
 from speechalign.sampling import rollouts
-from speechalign.sampling.pipeline import SECONDS, possible_resources, stream
+from speechalign.sampling.pipeline import SECONDS, stream
 from speechalign.sampling.pipeline import check_resources as check_pools
 from speechalign.sampling.prompts import admit_prompts, build_prompts
 from speechalign.sampling.stages import RENDER_SECONDS, SAMPLE_SECONDS
@@ -96,13 +98,18 @@ def check_artifacts(config: AlignConfig) -> str:
     for name, folder in (("policy", config.policy), ("nar", config.nar)):
         if not folder.is_dir():
             raise ConfigError(f"{name} {folder} does not exist; train it with `speechalign sft`")
-        found = verify_folder(folder)["codec_fingerprint"]
+    policy_facts, nar = check_ar(config.policy), load_nar(config.nar)
+    for name, folder, facts in (
+        ("policy", config.policy, policy_facts),
+        ("nar", config.nar, nar.facts),
+    ):
+        found = facts["codec_fingerprint"]
         if found != codec.fingerprint:
             raise DataError(
                 f"{name} {folder} was trained on codec {found}, this run's codec is "
                 f"{codec.fingerprint}; their codes mean different sounds"
             )
-    known = load_nar(config.nar).model.config.num_levels
+    known = nar.model.config.num_levels
     if config.rendering.num_levels > known:
         raise ConfigError(
             f"rendering.num_levels is {config.rendering.num_levels}, the NAR model {config.nar} "

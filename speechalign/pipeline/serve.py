@@ -11,18 +11,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from speechalign.artifacts import is_committed, manifest_facts
-from speechalign.config.align import AlignConfig
-from speechalign.config.load import load_config, read_yaml, validated, with_overrides
-from speechalign.config.serving import ServingConfig, is_loopback
+from speechalign.config.codec import CodecConfig, EncodecHfConfig
+from speechalign.config.load import read_yaml, validated, with_overrides
+from speechalign.config.serving import (
+    APPLICATION,
+    IMPORT_PATH,
+    INGRESS,
+    RENDERER,
+    ServingConfig,
+    is_loopback,
+    speaker_name,
+)
 from speechalign.errors import ConfigError
 from speechalign.pipeline.cluster import connected
+from speechalign.pipeline.served_run import args_of, section
+from speechalign.resources import possible_resources
 
 logger = logging.getLogger(__name__)
 
-APPLICATION = "speechalign"
 POLL_S = 0.2
-IMPORT_PATH = "speechalign.serving.app:build"
+SAY_S = 10.0
+"""Between two lines on what Serve still waits for."""
 CARRIED = frozenset({"proxy_location", "http_options", "applications"})
 """Keys of a file that `Endpoint.to_serve` writes again."""
 FIXED = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH}
@@ -59,7 +68,7 @@ class Endpoint:
         """Return the file that `serve deploy` would be given."""
         deployments = [
             {
-                "name": f"speaker-{name}",
+                "name": speaker_name(name),
                 "user_config": self.config.policies[name]
                 .model_copy(update={"path": path})
                 .model_dump(mode="json"),
@@ -67,7 +76,7 @@ class Endpoint:
             for name, path in self.swapped.items()
         ]
         if self.is_draining:
-            deployments.append({"name": "ingress", "user_config": {"is_draining": True}})
+            deployments.append({"name": INGRESS, "user_config": {"is_draining": True}})
         application = {
             **FIXED,
             "args": self.config.model_dump(mode="json"),
@@ -88,24 +97,31 @@ def read_endpoint(
     Args:
         file: as `serve deploy` takes it.
         policy: a policy's folder, or a run: then its start is served as `base` and its best
-            policy as `aligned`. None: what the file says.
+            policy as `aligned`, with the codec, NAR model and golden tokens of the run. None:
+            what the file says.
         overrides: dotted, of the application's `args`.
         listen: `HOST:PORT` instead of the file's.
 
     Raises:
         ConfigError: the file is no such file or says what would be ignored, the folder holds no
-            policy, or an endpoint that others can reach has no API keys.
+            policy, or an override lets anonymous clients into an endpoint that others can reach.
     """
     values = read_yaml(file)
     args = _args(values, file)
     if policy is not None:
-        args["policies"] = {name: {"path": str(path)} for name, path in policies_of(policy).items()}
+        args |= args_of(policy, args)
     http_options: dict[str, Any] = values.get("http_options") or {}
     host, port = _address(http_options, listen)
+    args["access"] = section(args, "access")
     if not is_loopback(host):
         # Somebody else can reach it: what is fine on a laptop would be an open door here.
-        args["access"] = {**args.get("access", {}), "allow_anonymous": False}
+        args["access"]["allow_anonymous"] = False
     config = validated(ServingConfig, with_overrides(args, overrides), f"{file}, applications.args")
+    if config.access.allow_anonymous and not is_loopback(host):
+        raise ConfigError(
+            f"access.allow_anonymous would let in everybody who reaches {host}:{port}; set "
+            f"access.keys_file or {config.access.keys_env}, or listen at 127.0.0.1"
+        )
     return Endpoint(
         config=_resolved(config),
         host=host,
@@ -160,9 +176,17 @@ def _resolved(config: ServingConfig) -> ServingConfig:
         "policies": policies,
         "voices": voices,
         "access": access,
+        "codec": _resolved_codec(config.codec),
         "nar": config.nar.resolve(),
     }
     return config.model_copy(update=changed)
+
+
+def _resolved_codec(codec: CodecConfig) -> CodecConfig:
+    if not isinstance(codec, EncodecHfConfig):
+        return codec.model_copy(update={"path": codec.path and codec.path.resolve()})
+    folder = Path(codec.model)  # or a name on a hub, which is none
+    return codec.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else codec
 
 
 def _address(http_options: Mapping[str, Any], listen: str | None) -> tuple[str, int]:
@@ -177,34 +201,6 @@ def _address(http_options: Mapping[str, Any], listen: str | None) -> tuple[str, 
     return host.strip("[]"), int(port)
 
 
-def policies_of(path: Path) -> dict[str, Path]:
-    """Return the policies to serve of a policy's folder or a run.
-
-    Raises:
-        ConfigError: it is neither, or the run's best policy is gone.
-    """
-    if is_committed(path) and manifest_facts(path).get("kind") == "ar":
-        return {"policy": path}
-    if (path / "config.yaml").is_file():
-        recipe = load_config(AlignConfig, path / "config.yaml")
-        finished = [
-            path / f"iteration-{number}" / "policy"
-            for number in range(1, recipe.pipeline.iterations + 1)
-        ]
-        if is_committed(path / "best"):
-            best = manifest_facts(path / "best")
-            finished = [path / best["policy"] if best["iteration"] else recipe.policy]
-            if not is_committed(finished[0]):
-                raise ConfigError(f"{path} names {finished[0]} as its best policy, which is gone")
-        aligned = [one for one in finished if is_committed(one)]
-        if aligned:
-            return {"base": recipe.policy, "aligned": aligned[-1]}
-    raise ConfigError(
-        f"{path} holds no policy and is no run with a trained one; give the folder of a policy, "
-        "e.g. runs/demo/iteration-1/policy, or a run, e.g. runs/demo"
-    )
-
-
 @contextmanager
 def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
     """Serve inside the block; yields the address. Streams that are open may finish at the end.
@@ -215,8 +211,8 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
         stays: what is served goes on after the block.
 
     Raises:
-        ConfigError, DataError: the endpoint could never work, or the cluster's Serve listens on
-            another address; raised before a process is started.
+        ConfigError, DataError: the endpoint could never work, the cluster has no room for it, or
+            its Serve listens on another address; raised before a process is started.
     """
     from speechalign.serving.app import check_endpoint
 
@@ -224,6 +220,7 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
     with connected():
         from ray import serve
 
+        _check_room(endpoint.config)
         _start_serve(endpoint)
         try:
             _deploy(endpoint)
@@ -231,6 +228,29 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
         finally:
             if not stays:
                 serve.shutdown()
+
+
+def _check_room(config: ServingConfig) -> None:
+    """Refuse replicas that can never all start; Serve would wait for them for ever.
+
+    Raises:
+        ConfigError: naming what is missing, and which deployment wants how much.
+    """
+    replicas = {INGRESS: config.ingress_replicas, RENDERER: config.renderer_replicas}
+    replicas |= {speaker_name(name): config.speaker_replicas for name in config.policies}
+    available = possible_resources()
+    for resource, attribute in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted = {
+            name: one.min_replicas * getattr(one, attribute) for name, one in replicas.items()
+        }
+        total, found = sum(wanted.values()), available.get(resource, 0.0)
+        if total > found + 1e-6:
+            parts = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
+            raise ConfigError(
+                f"the endpoint wants {total:g} {resource} ({parts}), the cluster has {found:g}; "
+                f"lower {attribute} or min_replicas of speaker_replicas, renderer_replicas or "
+                "ingress_replicas, or join a larger cluster (RAY_ADDRESS)"
+            )
 
 
 def _start_serve(endpoint: Endpoint) -> None:
@@ -259,6 +279,7 @@ def _deploy(endpoint: Endpoint) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     _serve_client().deploy_apps(ServeDeploySchema.model_validate(endpoint.to_serve()))
+    last_said = time.monotonic()
     while True:
         application = serve.status().applications.get(APPLICATION)
         status = application.status if application else "NOT_STARTED"
@@ -266,7 +287,20 @@ def _deploy(endpoint: Endpoint) -> None:
             return
         if application and status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise ConfigError(f"the endpoint did not start: {application.message}")
+        if application and time.monotonic() - last_said >= SAY_S:
+            last_said = time.monotonic()
+            logger.info("Serve is not done yet: %s", _what_waits(application))
         time.sleep(POLL_S)
+
+
+def _what_waits(application: Any) -> str:
+    """Return what Serve says of an application and of its deployments that are not healthy."""
+    waiting = [
+        f"{name} {one.status.value} {one.message}".strip()
+        for name, one in application.deployments.items()
+        if one.status.value != "HEALTHY"
+    ]
+    return "; ".join([application.message, *waiting] if application.message else waiting)
 
 
 def _drain(endpoint: Endpoint) -> None:
@@ -279,7 +313,7 @@ def _drain(endpoint: Endpoint) -> None:
 
 
 def serve_until_told(endpoint: Endpoint) -> None:
-    """Serve until SIGINT or SIGTERM; open streams are finished first."""
+    """Serve until SIGINT or SIGTERM; open streams are finished first, unless told again."""
     ended = threading.Event()
     with deployed(endpoint) as address:
 
@@ -291,5 +325,9 @@ def serve_until_told(endpoint: Endpoint) -> None:
         names = ", ".join(endpoint.config.policies)
         logger.info("speaking at %s (policies: %s); stop with Ctrl-C", address, names)
         ended.wait()
-        logger.info("finishing open streams, at most %g s", endpoint.config.drain_s)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        logger.info(
+            "finishing open streams, at most %g s; Ctrl-C again cuts them", endpoint.config.drain_s
+        )
         _drain(endpoint)

@@ -133,11 +133,11 @@ def plan_job(
     if verb not in VERBS:
         raise ConfigError(f"--verb {verb}: a job runs one of {', '.join(VERBS)}")
     config = load_config(VERBS[verb], recipe, overrides)
-    output = output_of(config)
+    key, output = output_of(config)
     if not output.is_absolute():
         raise ConfigError(
-            f"{output} is relative, and a job runs in a folder that is gone afterwards; write to "
-            "a path that all nodes share, e.g. run_dir=/shared/runs/name"
+            f"{key}={output} is a relative path, and the job's working folder is deleted "
+            f"afterwards; use a path on shared storage, e.g. {key}=/shared/runs/{output.name}"
         )
     environment = _read_runtime_env(runtime_env)
     command = ["python", "-m", "speechalign.cli", verb]
@@ -153,15 +153,15 @@ def plan_job(
     )
 
 
-def output_of(config: Config) -> Path:
-    """Return the folder that a job writes, by which a person knows it."""
+def output_of(config: Config) -> tuple[str, Path]:
+    """Return the key and the folder that a job writes, by which a person knows it."""
     match config:
         case AlignConfig() | CompareConfig():
-            return config.run_dir
+            return "run_dir", config.run_dir
         case SftJob():
-            return config.sft.output
+            return "sft.output", config.sft.output
         case PrepareConfig() | RewardModelConfig():
-            return config.output
+            return "output", config.output
         case _:
             raise TypeError(f"{type(config).__name__} is no job")
 
@@ -185,8 +185,8 @@ class Submission:
     sleep: Callable[[float], None] = time.sleep
     _shown: dict[str, int] = field(default_factory=dict[str, int])
     _end_of_log: str = ""
-    _job: str = ""
-    """The one that is followed."""
+    job: str = ""
+    """The id of the one that is followed; empty until it was sent or found."""
     _failures: int = 0
     """To reach the cluster, in a row."""
 
@@ -223,7 +223,7 @@ class Submission:
 
     def _follow(self) -> tuple[str, JobState]:
         client = self.connect()
-        self._job = job = claim(client, self.request, followed=self._job)
+        self.job = job = claim(client, self.request, followed=self.job)
         while True:
             self._show_new(client, job)
             state = client.state(job)

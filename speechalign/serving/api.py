@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from speechalign.config.serving import Name
+from speechalign.config.serving import NAME_PATTERN, Name
 from speechalign.serving import schema
 from speechalign.serving.bodies import body_of, limited
 from speechalign.serving.keys import ApiKey, Gate
@@ -32,7 +32,7 @@ from speechalign.serving.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-VOICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+VOICE_NAME = re.compile(NAME_PATTERN)
 PAGE = Path(__file__).with_name("page.html")
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -146,11 +146,15 @@ class SpeechRoutes:
             raise invalid("the body must be multipart/form-data", code="bad_type", status=415)
         most = key.max_upload_bytes or limits.max_upload_bytes
         bounded = limited(request, most, limits.body_timeout_s)
-        try:
-            form = await bounded.form(max_files=1, max_fields=4, max_part_size=4096)
-        except (MultiPartException, HTTPException, KeyError):
-            raise invalid("the body is no well-formed multipart form", code="bad_form") from None
-        async with aclosing_form(form):
+        async with AsyncExitStack() as stack:
+            try:
+                form = await stack.enter_async_context(
+                    bounded.form(max_files=1, max_fields=4, max_part_size=4096)
+                )
+            except (MultiPartException, HTTPException, KeyError):
+                raise invalid(
+                    "the body is no well-formed multipart form", code="bad_form"
+                ) from None
             name, consent, clip = (form.get(part) for part in ("name", "consent", "audio_sample"))
             if not isinstance(name, str) or not VOICE_NAME.fullmatch(name):
                 raise invalid(
@@ -183,20 +187,6 @@ class SpeechRoutes:
         except TimeoutError:
             raise failed("not_ready", "a policy does not answer", 503) from None
         return schema.Health()
-
-
-class aclosing_form:  # noqa: N801 - reads like contextlib.aclosing
-    """Closes the temporary files of a form."""
-
-    def __init__(self, form: Any) -> None:
-        self._form = form
-
-    async def __aenter__(self) -> None:
-        """Nothing to do."""
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close the files."""
-        await self._form.close()
 
 
 @lru_cache

@@ -19,7 +19,13 @@ from speechalign.artifacts import manifest_facts
 from speechalign.codec.base import check_fingerprint
 from speechalign.codec.build import build_codec
 from speechalign.config.load import validated
-from speechalign.config.serving import ReplicasConfig, ServingConfig
+from speechalign.config.serving import (
+    INGRESS,
+    RENDERER,
+    ReplicasConfig,
+    ServingConfig,
+    speaker_name,
+)
 from speechalign.policy.ar import check_ar
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.serving.api import build_api
@@ -32,12 +38,6 @@ from speechalign.serving.voices import golden_voices
 from speechalign.serving.windows import Heard, Window
 
 Handle: TypeAlias = Any  # ray.serve's DeploymentHandle, whose types do not know streams
-INGRESS, RENDERER = "ingress", "renderer"
-
-
-def speaker_name(policy: str) -> str:
-    """Return the name of a policy's deployment."""
-    return f"speaker-{policy}"
 
 
 def build(args: Mapping[str, Any]) -> Application:

@@ -59,7 +59,7 @@ def _keys_of_file(path: Path | None) -> list[ApiKey]:
         return []
     try:
         return TypeAdapter(list[ApiKey]).validate_python(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"the API keys in {path} cannot be read: {type(error).__name__}"
         ) from None

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from speechalign.config.serving import NAME_PATTERN
 from speechalign.serving.encoding import CONTAINERS
 from speechalign.serving.schema import Error, SpeechRequest
 
@@ -76,7 +77,7 @@ UPLOAD: dict[str, Any] = {
             "type": "object",
             "required": ["name", "consent", "audio_sample"],
             "properties": {
-                "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+                "name": {"type": "string", "pattern": NAME_PATTERN},
                 "consent": {"type": "string", "enum": ["true"]},
                 "audio_sample": {"type": "string", "format": "binary"},
             },

@@ -89,7 +89,7 @@ class SpeechService:
         self.voices = Voices(config.voices)
         self._policies, self._renderer, self._telemetry = policies, renderer, telemetry
         self._frontend = TextFrontend()
-        self._num_streams, self._is_draining = 0, False
+        self._num_streams, self._num_waiting, self._is_draining = 0, 0, False
         self._sample_rate_hz = 0
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
@@ -283,10 +283,12 @@ class SpeechService:
     async def _measured(self, order: Order) -> AsyncGenerator[NDArray[np.float32]]:
         tags = {"model": order.request.model.partition("@")[0]}
         started, num_samples, end = time.perf_counter(), 0, "cancelled"
+        self._count_waiting(1)
         try:
             async with aclosing(self._waves(order, tags)) as waves:
                 async for wave_N in waves:
                     if not num_samples:
+                        self._count_waiting(-1)
                         waited_s = time.perf_counter() - started
                         self._telemetry.first_audio.observe(waited_s, tags=tags)
                     num_samples += len(wave_N)
@@ -301,7 +303,13 @@ class SpeechService:
                 factor = (time.perf_counter() - started) / spoken_s
                 self._telemetry.real_time.observe(factor, tags=tags)
                 self._telemetry.audio.inc(spoken_s, tags=tags)
+            else:
+                self._count_waiting(-1)
             self._telemetry.ends.inc(tags=tags | {"end": end})
+
+    def _count_waiting(self, change: int) -> None:
+        self._num_waiting += change
+        self._telemetry.queue.set(self._num_waiting)
 
     async def _waves(
         self, order: Order, tags: dict[str, str]

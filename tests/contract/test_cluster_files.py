@@ -1,6 +1,7 @@
 """Every shipped cluster file passes; every known mistake is found, with the right message."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,10 @@ AWS_MISTAKES: list[tuple[str, Change]] = [
     ("96, but g5.12xlarge has 48", lambda v: types(v)["trainer"]["resources"].update(CPU=96)),
     ("g5.12xlarge has 4 GPUs", lambda v: types(v)["trainer"]["resources"].update(GPU=2)),
     ("an old image", lambda v: types(v)["trainer"]["node_config"].update(ImageId="latest_dlami")),
-    ("no label speechalign-pool", lambda v: types(v)["trainer"].pop("labels")),
+    ("no label speechalign-pool: a recipe whose selectors", lambda v: types(v)["trainer"].pop(
+        "labels")),
+    ("Ray refuses it: KeyError: 'type'", lambda v: v.update(provider={"region": "us-west-2"})),
+    ("available_node_types.trainer: no max_workers", lambda v: types(v).update(trainer=None)),
     ("/no/such/file does not exist", lambda v: v["file_mounts"].update({"/x": "/no/such/file"})),
     ("no ~/.ray/auth_token", lambda v: v.update(file_mounts={})),
     ("leave out the one at /home/ubuntu/.ray", lambda v: v["docker"]["run_options"].append(
@@ -148,6 +152,13 @@ SERVICE_MISTAKES: list[tuple[str, Change]] = [
     ("does not say ray", lambda v: container(v).update(image="speechalign:1.0")),
     ("at least 60 s to save", lambda v: group(v)["template"]["spec"].update(
         terminationGracePeriodSeconds=30)),
+    ("PeriodSeconds: 299: streams may take the endpoint's drain_s, 300 s",
+     lambda v: group(v)["template"]["spec"].update(terminationGracePeriodSeconds=299)),
+    ("DelaySeconds: 299: streams of the old cluster may take drain_s, 300 s",
+     lambda v: v["spec"].update(rayClusterDeletionDelaySeconds=299)),
+    ("DelaySeconds: 60: streams of", lambda v: v["spec"].pop("rayClusterDeletionDelaySeconds")),
+    ("none for port 8265", lambda v: cluster(v)["networkPolicy"]["head"].update(
+        ingressRules=["8265"])),
     ("none for port 8265", lambda v: cluster(v)["networkPolicy"]["head"]["ingressRules"].pop(0)),
     ("leave it out: the operator", lambda v: cluster(v)["headGroupSpec"]["rayStartParams"].update(
         {"dashboard-host": "127.0.0.1"})),
@@ -205,18 +216,88 @@ def test_all_mistakes_of_a_file_are_told_at_once_and_the_exit_code_is_2(tmp_path
     assert (fine.exit_code, fine.output.strip()) == (0, "clusters/aws.yaml: ok")
 
 
+def recipe_with(*overrides: str, name: str = "align-embedded-cpu") -> AlignConfig:
+    return load_config(AlignConfig, Path(f"jobs/{name}.yaml"), overrides)
+
+
 def test_a_recipe_that_no_node_fits_is_found():
-    recipe = "jobs/align-embedded-cpu.yaml"
-    wanted = load_config(AlignConfig, Path(recipe), [
+    wanted = recipe_with(
         "pools.sample.label_selector={speechalign-pool: sample}",
-        "training.workers.label_selector={speechalign-pool: gold}"])  # fmt: skip
+        "training.workers.label_selector={speechalign-pool: gold}",
+    )
     (finding,) = check_file(CLUSTERS / "aws.yaml", wanted)
     assert finding.where == "training.workers.label_selector"
     assert "speechalign-pool=gold; no node type of this cluster has it" in finding.what
 
 
-@pytest.mark.parametrize("text", ["a: 1", "", "[", "- 1"])
-def test_a_file_of_no_known_kind_is_refused(tmp_path: Path, text: str):
-    (tmp_path / "x.yaml").write_text(text)
+CLOUDS = [CLUSTERS / "aws.yaml", CLUSTERS / "gcp.yaml", CLUSTERS / "kuberay" / "raycluster.yaml",
+          CLUSTERS / "kuberay" / "rayjob.yaml"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", CLOUDS, ids=str)
+def test_an_actor_that_has_room_on_no_node_is_found(file: Path):
+    gpus = recipe_with("pools.render.num_gpus=5", "training.workers.cpus_per_worker=49")
+    workers, render = sorted(check_file(file, gpus), reverse=True)
+    assert render.where == "pools.render"
+    assert "one actor wants 0.25 CPUs and 5 GPUs; no node type has as many" in render.what
+    assert workers.where == "training.workers"
+    assert "one actor wants 49 CPUs and 0 GPUs" in workers.what
+    selector = "pools.sample.label_selector={speechalign-pool: judge}"
+    (finding,) = check_file(file, recipe_with(selector, "pools.sample.num_gpus=1"))
+    assert finding.where == "pools.sample"
+    assert "no node type with speechalign-pool=judge has as many" in finding.what
+
+
+def test_machines_of_which_the_file_says_nothing_are_no_finding(tmp_path: Path):
+    wanted = recipe_with("pools.render.num_gpus=99")
+    assert check_file(CLUSTERS / "local.yaml", wanted) == []
+    values = yaml.safe_load((CLUSTERS / "kuberay" / "raycluster.yaml").read_text())
+    values["spec"]["workerGroupSpecs"][0]["resources"] = {"GPU": "100"}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
+    assert check_file(tmp_path / "x.yaml", wanted) == []
+
+
+def test_a_part_of_a_core_is_rounded_up_as_the_operator_does(tmp_path: Path):
+    values = yaml.safe_load((CLUSTERS / "kuberay" / "raycluster.yaml").read_text())
+    for worker in values["spec"]["workerGroupSpecs"]:
+        worker["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"] = "1500m"
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(values))
+    assert check_file(tmp_path / "x.yaml", recipe_with("pools.render.num_cpus=2")) == []
+    (finding,) = check_file(tmp_path / "x.yaml", recipe_with("pools.render.num_cpus=2.5"))
+    assert finding.where == "pools.render"
+
+
+GPU_RECIPES = ("align-single-gpu", "align-paper-8gpu")
+SAYS_WHERE = [*CLOUDS[:2], *(Path(f"jobs/{name}.yaml") for name in GPU_RECIPES)]
+
+
+@pytest.mark.parametrize("name", GPU_RECIPES)
+@pytest.mark.parametrize("file", SAYS_WHERE, ids=str)
+def test_the_placement_that_the_comments_name_keeps_trainers_off_spot_nodes(file: Path, name: str):
+    lines = re.findall(r"^#   '(\S+label_selector=\{.*\})'$", file.read_text(), re.MULTILINE)
+    placed = recipe_with(*lines, name=name)
+    assert placed.training.workers.label_selector == {"speechalign-pool": "train"}
+    assert placed.pools.sample.label_selector == {"speechalign-pool": "sample"}
+    assert placed.pools.render.label_selector == {"speechalign-pool": "judge"}
+    for cloud in CLOUDS:
+        assert check_file(cloud, placed) == []
+        assert check_file(cloud, recipe_with(name=name)) == []
+
+
+def test_a_speaker_gets_requests_when_the_proxy_of_its_pod_answers():
+    values = yaml.safe_load((CLUSTERS / "kuberay" / "rayservice.yaml").read_text())
+    serve = yaml.safe_load(values["spec"]["serveConfigV2"])
+    probe = container(values)["readinessProbe"]["httpGet"]
+    assert probe == {"path": "/-/healthz", "port": serve["http_options"]["port"]}
+    assert serve["proxy_location"] == "EveryNode"
+
+
+def test_the_image_has_what_the_operator_probes_with():
+    assert re.search(r"apt-get install .*\bwget\b", (CLUSTERS / "Dockerfile").read_text())
+
+
+@pytest.mark.parametrize("text", [b"a: 1", b"", b"[", b"- 1", b"\xff\xfe\x00"])
+def test_a_file_of_no_known_kind_is_refused(tmp_path: Path, text: bytes):
+    (tmp_path / "x.yaml").write_bytes(text)
     with pytest.raises(ConfigError):
         check_file(tmp_path / "x.yaml")

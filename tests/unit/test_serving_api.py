@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import shutil
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -419,7 +420,7 @@ def test_a_body_of_200_mb_is_refused_before_it_is_read(client: TestClient):
     assert refused(answer) == (413, None, "body_too_large")
 
 
-def test_a_body_longer_than_it_said_is_cut_while_it_is_read(client: TestClient):
+def test_a_body_that_does_not_say_its_length_is_cut_while_it_is_read(client: TestClient):
     def endless() -> Iterator[bytes]:
         for _ in range(100):
             yield b"a" * 10_000
@@ -466,6 +467,52 @@ def test_too_many_streams_are_told_to_come_back(tmp_path: Path):
         assert crowded.post(SPEECH, json=LINE).status_code == 200
 
 
+class Recorder:
+    """A metric that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def set(self, value: float) -> None:
+        self.values.append(value)
+
+    def inc(self, value: float = 1.0, tags: object = None) -> None:
+        self.values.append(value)
+
+    observe = inc
+
+
+def recorded(speaker: Any, text: str) -> tuple[dict[str, list[float]], Any]:
+    """Return what the metrics were told while a text was spoken, and the answer."""
+    telemetry: Any = Telemetry()
+    for name in vars(telemetry):
+        setattr(telemetry, name, Recorder())
+    config = serving_config(Path("unused"))
+    service = SpeechService(config, {"base": speaker}, VoiceRenderer(config), telemetry)
+    with client_of(service) as client:
+        answer = client.post(SPEECH, json=LINE | {"input": text, "response_format": "wav"})
+    return {name: metric.values for name, metric in vars(telemetry).items()}, answer
+
+
+def test_streams_queue_and_real_time_factor_are_told_to_the_metrics():
+    began = time.perf_counter()
+    told, answer = recorded(a_speaker(), "Good morning.")
+    took_s = time.perf_counter() - began
+    spoken_s = wave_of(answer.content)[0] / 16_000
+    assert told["streams"] == told["queue"] == [1, 0]
+    assert told["audio"] == [pytest.approx(spoken_s)]
+    ((first_s,), (factor,)) = told["first_audio"], told["real_time"]
+    assert 0 < first_s <= factor * spoken_s < took_s
+    assert told["ends"] == [1.0]
+
+
+def test_a_stream_that_ends_without_a_sound_waits_no_longer():
+    told, answer = recorded(Quiet(a_speaker(), "Yes."), "Yes.")
+    assert refused(answer) == (500, None, "no_speech")
+    assert told["streams"] == told["queue"] == [1, 0]
+    assert told["real_time"] == told["first_audio"] == []
+
+
 def test_an_endpoint_that_ends_lets_nobody_in_and_waits_for_open_streams(tmp_path: Path):
     service = build_service(serving_config(tmp_path, drain_s=30))
 
@@ -479,7 +526,9 @@ def test_an_endpoint_that_ends_lets_nobody_in_and_waits_for_open_streams(tmp_pat
 
         open_one = asyncio.create_task(speak())
         await asyncio.sleep(0.05)
+        began = time.monotonic()
         await service.drain()
+        assert time.monotonic() - began < 15  # and not the 30 s that it might have taken
         order.append("drained")
         await open_one
         return order

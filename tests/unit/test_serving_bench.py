@@ -47,8 +47,14 @@ def test_an_answer_counts_its_speech_its_first_sound_and_its_whole_time():
     (first_s,), (factor,) = tally.first_s, tally.factors
     assert 0.1 <= first_s < 5
     assert first_s / 2 <= factor < 2.5
-    assert 0 < tally.spoken_s <= 2 / first_s
+    assert tally.spoken_s == 2.0
+    assert tally.wall_s >= first_s
     assert tally.underruns == 0
+
+
+def test_the_rate_is_the_speech_of_all_clients_in_the_time_of_the_clock():
+    tally = Tally(spoken_s=3.0, wall_s=2.0, memory_mib=[1.0])
+    assert summary(tally)["speech_seconds_a_second"] == 1.5
 
 
 def test_a_player_that_has_nothing_left_is_an_underrun_of_its_answer():

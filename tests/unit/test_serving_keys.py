@@ -86,6 +86,12 @@ def test_a_bad_file_of_keys_is_refused_without_showing_a_key(tmp_path: Path, tex
     assert "short" not in str(caught.value).replace("shorter", "")
 
 
+def test_a_file_of_keys_that_is_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "keys.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"keys\.yaml cannot be read: UnicodeDecodeError"):
+        read_keys(AccessConfig(keys_file=tmp_path / "keys.yaml"))
+
+
 def test_two_keys_of_one_name_and_short_keys_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

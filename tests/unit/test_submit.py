@@ -285,7 +285,7 @@ def test_a_runtime_environment_keeps_what_it_says(project: Path):
     ("overrides", "environment", "message"),
     [
         (["training.loss.bta=1"], "", "did you mean 'beta'"),
-        (["run_dir=runs/demo"], "", "runs/demo is relative"),
+        (["run_dir=runs/demo"], "", "run_dir=runs/demo is a relative path"),
         ([], "working_dir: other", "outside of the working directory"),
         ([], "env_vars: {OMP_NUM_THREADS: 1}", "must be strings"),
         ([], "- pip", "must hold a mapping"),
@@ -299,6 +299,37 @@ def test_a_mistake_is_found_before_anything_is_sent(
     path.write_text(environment)
     with pytest.raises(ConfigError, match=message):
         plan_job("align", Path("align.yaml"), overrides, path)
+
+
+@pytest.mark.parametrize(
+    ("verb", "recipe", "key"),
+    [
+        ("align", "align-embedded-cpu", "run_dir"),
+        ("compare", "compare-embedded-cpu", "run_dir"),
+        ("sft", "sft-ar-embedded-cpu", "sft.output"),
+        ("prepare", "prepare-librispeech", "output"),
+        ("reward-model", "reward-model-embedded-cpu", "output"),
+    ],
+)
+def test_a_relative_output_is_refused_with_the_key_that_names_it(verb: str, recipe: str, key: str):
+    with pytest.raises(ConfigError) as caught:
+        plan_job(verb, Path(f"jobs/{recipe}.yaml"), [f"{key}=runs/x"])
+    assert str(caught.value) == (
+        f"{key}=runs/x is a relative path, and the job's working folder is deleted afterwards; "
+        f"use a path on shared storage, e.g. {key}=/shared/runs/x"
+    )
+
+
+def test_who_leaves_knows_the_id_of_the_job_that_goes_on():
+    def leave(_: str) -> None:
+        raise KeyboardInterrupt
+
+    cluster = FakeCluster(ends=[RUNNING], text={A1: ["step 1\n"]})
+    submission = Submission(request=REQUEST, connect=lambda: cluster, show=leave)
+    assert submission.job == ""
+    with pytest.raises(KeyboardInterrupt):
+        submission.run()
+    assert submission.job == A1
 
 
 def test_a_verb_that_is_no_job_is_refused():
