@@ -4,14 +4,17 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from speechalign.artifacts import committed_folder
 from speechalign.pipeline.ballot import write_ballot
 from speechalign.pipeline.votes import write_votes
 from speechalign.sampling.pipeline import SCORED
 from speechalign.training.preference import read_pairs
 from tests.ray.conftest import FinishedRun
+from tests.tiny_stack import TinyStack, tiny_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
@@ -22,12 +25,24 @@ COMPARISON = re.compile(
 )
 
 
+def with_ended_answers(finished: FinishedRun, folder: Path) -> Path:
+    """Let the samples end by themselves: a policy of random weights seldom does."""
+    table = pq.read_table(finished.folder / "iteration-1" / "scored" / SCORED)
+    index = table.column_names.index("is_truncated")
+    ended = pa.array([False] * len(table))
+    with committed_folder(folder, {"kind": "scored"}) as partial:
+        field = table.schema.field("is_truncated")
+        pq.write_table(table.set_column(index, field, ended), partial / SCORED)
+    return folder
+
+
 def test_the_samples_of_a_run_are_heard_on_the_page_and_its_votes_make_pairs(
-    finished: FinishedRun, tmp_path: Path
+    stack: TinyStack, finished: FinishedRun, tmp_path: Path
 ):
     page = tmp_path / "ballot.html"
-    said = write_ballot(finished.config, page, iteration=1, count=5)
-    scored = finished.folder / "iteration-1" / "scored"
+    config = tiny_recipe(stack, tmp_path / "run")
+    scored = with_ended_answers(finished, config.run_dir / "iteration-1" / "scored")
+    said = write_ballot(config, page, iteration=1, count=5)
     assert said.startswith(f"5 comparisons: {page}\n")
     rows = pq.read_table(scored / SCORED).to_pylist()
     samples = {(row["prompt_id"], row["sample_index"]): row for row in rows}

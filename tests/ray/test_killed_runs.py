@@ -32,10 +32,10 @@ ARTIFACTS = (
 def start(config: AlignConfig, log: Path) -> subprocess.Popen[bytes]:
     recipe = config.run_dir.with_suffix(".yaml")
     recipe.write_text(dump_yaml(config))
-    code = "from speechalign.cli import main; main()"
+    command = [sys.executable, "-m", "tests.ray.warm_workers.command", "speechalign"]
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-c", code, "align", str(recipe)],
+            [*command, "align", str(recipe)],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

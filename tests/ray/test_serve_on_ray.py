@@ -250,7 +250,13 @@ def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
 def test_prometheus_learns_how_long_people_waited_and_why_they_were_refused(address: str):
     with httpx.Client(base_url=address, timeout=60) as http:
         assert next(open_stream(http, "")) == b"400"
-    wait_for_metrics("speechalign_first_audio_seconds_bucket", 'reason="invalid_value"')
+    wait_for_metrics(
+        "speechalign_first_audio_seconds_bucket",
+        "speechalign_real_time_factor_bucket",
+        "speechalign_streams{",
+        "speechalign_queue{",
+        'reason="invalid_value"',
+    )
 
 
 def test_when_a_replica_dies_its_stream_ends_visibly_and_the_next_request_is_served(address: str):
@@ -266,9 +272,10 @@ def test_when_a_replica_dies_its_stream_ends_visibly_and_the_next_request_is_ser
     assert seen["seconds_to_next_sound"] > 0
 
 
+@pytest.mark.usefixtures("clusters")  # its server forks the workers
 def test_the_command_serves_and_finishes_an_open_stream_when_it_is_told_to_end(tmp_path: Path):
     port = free_port()
-    command = [sys.executable, "-c", "from speechalign.cli import main; main()", "serve",
+    command = [sys.executable, "-m", "tests.ray.warm_workers.command", "speechalign", "serve",
                f"voices.uploads={tmp_path}/voices",
                f"--listen=127.0.0.1:{port}"]  # fmt: skip
     with (tmp_path / "log").open("w") as log:

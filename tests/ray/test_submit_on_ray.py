@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(clusters: ExitStack) -> Iterator[Cluster]:
+    """Start one whose workers are forked by the server of `clusters`."""
     home = Path(tempfile.mkdtemp(prefix="sa-"))  # a socket's path may have 107 characters
     gcs, dashboard, *others = free_ports(8)
     environment = {
@@ -94,12 +96,13 @@ def cluster() -> Iterator[Cluster]:
     try:
         with (home / "nodes.log").open("wb") as log:
             for count, arguments in enumerate((head, worker), start=1):
-                command = [str(BIN / "ray"), "start", *arguments, *common]
+                command = [sys.executable, "-m", "tests.ray.warm_workers.command", "ray", "start"]
+                command += [*arguments, *common]
                 nodes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
                 wait_for_nodes(address, count, nodes[-1], home / "nodes.log")
         yield Cluster(address=address, environment=environment)
     finally:
-        end(nodes, environment)
+        end(nodes)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -117,12 +120,11 @@ def wait_for_nodes(address: str, count: int, node: "subprocess.Popen[bytes]", lo
         time.sleep(0.5)
 
 
-def end(nodes: "list[subprocess.Popen[bytes]]", environment: dict[str, str]) -> None:
+def end(nodes: "list[subprocess.Popen[bytes]]") -> None:
     """Kill what these nodes started, and nothing else of the machine."""
-    children = [
-        process for node in nodes for process in psutil.Process(node.pid).children(recursive=True)
-    ]
-    for process in (*reversed(nodes), *children):
+    alive = [psutil.Process(node.pid) for node in nodes if node.poll() is None]
+    children = [process for node in alive for process in node.children(recursive=True)]
+    for process in (*reversed(alive), *children):
         try:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:

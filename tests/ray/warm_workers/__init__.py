@@ -5,8 +5,8 @@ work, and the tests start hundreds: with this they take a third of the time. Ray
 `launcher.py` in place of each worker; it has `server.py` fork one and stays until that has ended.
 From Ray's own `default_worker.py` on, a forked worker does what any other does.
 
-Commands that tests start (`speechalign align`, `serve`, `submit`) and the demo of `.ci/run` have
-Ray's usual workers.
+`command.py` gives the same to a command that a test starts (`ray start`, `speechalign align`). The
+demo of `.ci/run` has Ray's usual workers.
 """
 
 import os
@@ -32,13 +32,18 @@ def warm_workers() -> Iterator[None]:
         os.environ[ADDRESS] = f"{folder}/socket"
         server = start_server(os.environ[ADDRESS])
         usual = ray_constants.SETUP_WORKER_FILENAME
-        ray_constants.SETUP_WORKER_FILENAME = str(HERE / "launcher.py")
+        use_launcher()
         try:
             yield
         finally:
             ray_constants.SETUP_WORKER_FILENAME = usual
             del os.environ[ADDRESS]
             server.communicate(timeout=30)  # its standard input ends, and so does it
+
+
+def use_launcher() -> None:
+    """Have the clusters that this process starts start the launcher in place of each worker."""
+    ray_constants.SETUP_WORKER_FILENAME = str(HERE / "launcher.py")
 
 
 def start_server(address: str) -> subprocess.Popen[bytes]:

@@ -5,9 +5,11 @@ No module of Ray is imported here: it would take longer than the rest of a worke
 
 import json
 import os
+import shlex
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 CONTEXT = "--serialized-runtime-env-context="
 
@@ -21,16 +23,32 @@ def main(arguments: list[str]) -> int:
     """
     contexts = [part.removeprefix(CONTEXT) for part in arguments if part.startswith(CONTEXT)]
     context = json.loads(contexts[0] if contexts else "{}")
-    is_plain = not (context.get("command_prefix") or context.get("override_worker_entrypoint"))
+    folder = folder_of(context)
     with socket.socket(socket.AF_UNIX) as server:
-        if not is_plain or server.connect_ex(os.environ["SPEECHALIGN_WARM_WORKERS"]):
+        if folder is None or server.connect_ex(os.environ["SPEECHALIGN_WARM_WORKERS"]):
             become_usual_worker(arguments)
-        rest = [part for part in arguments if not part.startswith((CONTEXT, "--language="))]
-        return fork(server, rest, dict(os.environ) | context.get("env_vars", {}))
+        request = {
+            "arguments": [
+                part for part in arguments if not part.startswith((CONTEXT, "--language="))
+            ],
+            "environment": dict(os.environ) | context.get("env_vars", {}),
+            "folder": folder,
+        }
+        return fork(server, request)
 
 
-def fork(server: socket.socket, arguments: list[str], environment: dict[str, str]) -> int:
-    request = {"arguments": arguments, "environment": environment, "folder": str(Path.cwd())}
+def folder_of(context: dict[str, Any]) -> str | None:
+    """Return where a worker works, or None if it cannot be forked: it has a command of its own."""
+    match [context.get("override_worker_entrypoint"), context.get("command_prefix") or []]:
+        case [None, []]:
+            return str(Path.cwd())
+        case [None, ["cd", quoted, "&&"]]:  # the working directory of a job
+            return shlex.split(quoted)[0]
+        case _:
+            return None
+
+
+def fork(server: socket.socket, request: dict[str, Any]) -> int:
     payload = json.dumps(request).encode()
     socket.send_fds(server, [len(payload).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(payload)

@@ -111,6 +111,8 @@ def be_worker(request: dict[str, Any]) -> None:
     np.random.seed(None)  # noqa: NPY002 - libraries draw from it
     sys.argv = request["arguments"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
+    wanted = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[1:1] = [path for path in wanted if path not in sys.path]  # of a job's directory
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
