@@ -18,7 +18,7 @@ from rich.console import Console
 
 from speechalign.config.align import AlignConfig
 from speechalign.config.load import dump_yaml, load_config
-from speechalign.errors import ConfigError, DataError, Diverged, SpeechalignError, Stopped
+from speechalign.errors import SpeechalignError, Stopped
 from speechalign.startup import collect_seldom
 from speechalign.training.stopping import STOPPED_CODE, STOPPED_WORDS, install_stop_handler
 
@@ -257,14 +257,9 @@ def serve(
 
 @clusters.command("check")
 def clusters_check(
-    files: Annotated[
-        list[Path], typer.Argument(help="For `ray up`, KubeRay or Serve, or a runtime_env.")
-    ],
+    files: Annotated[list[Path], typer.Argument(help="For `ray up`, KubeRay or Serve.")],
     recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="Also check that some node type fits each label selector of this recipe."
-        ),
+        Path | None, typer.Option(help="A recipe whose actors and workers some node must fit.")
     ] = None,
 ) -> None:
     """Find mistakes in cluster files, also those that Ray, Serve and Kubernetes accept."""
@@ -348,7 +343,8 @@ def submit(  # noqa: PLR0913 - a command's flags are its parameters
     try:
         code = submission.run()
     except (KeyboardInterrupt, Stopped):
-        err.print("speechalign: left; the job goes on, and `ray job stop` with its id ends it")
+        end = f"ray job stop --address {address} {submission.job}" if submission.job else "nothing"
+        err.print(f"speechalign: left; the job goes on, `{end}` ends it", soft_wrap=True)
         code = DETACHED_CODE
     raise typer.Exit(code)
 
@@ -373,15 +369,6 @@ def _resolved(
     return config
 
 
-def exit_code_of(error: SpeechalignError) -> int:
-    """Return the exit code that tells a job system what kind of failure this was."""
-    if isinstance(error, ConfigError):
-        return 2
-    if isinstance(error, DataError):
-        return 3
-    return 4 if isinstance(error, Diverged) else 1
-
-
 def main(*verb: str) -> None:
     """Run the command; a mistake of the user's is a message, never a traceback.
 
@@ -399,7 +386,7 @@ def main(*verb: str) -> None:
         app(arguments)
     except SpeechalignError as error:
         err.print(f"speechalign: {error}", soft_wrap=True, markup=False)
-        sys.exit(exit_code_of(error))
+        sys.exit(error.exit_code)
     except Stopped:
         again = shlex.join(["speechalign", *arguments])
         err.print(f"speechalign: {STOPPED_WORDS}", soft_wrap=True, markup=False)

@@ -19,13 +19,20 @@ Arguments are plain values, so every error survives the pickling that Ray does t
 A message says what is wrong, where, and what to do.
 """
 
+from typing import ClassVar
+
 
 class SpeechalignError(Exception):
     """The base of every error raised on purpose."""
 
+    exit_code: ClassVar[int] = 1
+    """Of the command; it tells a job system what kind of failure this was."""
+
 
 class ConfigError(SpeechalignError, ValueError):
     """A run that could never have worked."""
+
+    exit_code = 2
 
 
 class RunLocked(ConfigError):
@@ -34,6 +41,8 @@ class RunLocked(ConfigError):
 
 class DataError(SpeechalignError, ValueError):
     """A record that breaks the contract of its type."""
+
+    exit_code = 3
 
 
 class MalformedCodes(DataError):
@@ -62,6 +71,8 @@ class StaleRollouts(SpeechalignError, RuntimeError):
 
 class Diverged(SpeechalignError, RuntimeError):
     """Training went where no policy comes back from."""
+
+    exit_code = 4
 
 
 class EngineDead(SpeechalignError, RuntimeError):

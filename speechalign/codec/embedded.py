@@ -52,8 +52,8 @@ class EmbeddedCodec:
         path = path or ASSET_DIR
         if not is_committed(path):
             raise ConfigError(
-                f"{path} has no codec; train one with `python -m speechalign.codec.train`, or "
-                "set codec.path to the directory of one"
+                f"{path} has no codec; train one with `speechalign codec`, or set codec.path to "
+                "the folder of one"
             )
         verify_folder(path)
         model = EmbeddedModel(_read_config(path / _CONFIG))

@@ -1,9 +1,8 @@
-"""Train the embedded codec: `python -m speechalign.codec.train JOB.yaml [key.sub=value ...]`.
+"""Train the embedded codec: `speechalign codec JOB.yaml [key.sub=value ...]`.
 
-The output directory gets `level1.npy` and the marker `LEVEL1_READY` after the first phase and
-the codec in `codec/` after the second. The same command resumes from the last checkpoint.
-Set `OMP_WAIT_POLICY=PASSIVE` where other work shares the cores: threads that spin while they
-wait made a step three to twenty times as slow.
+The codec is in `codec/` of the output directory after the second phase. The same command resumes
+from the last checkpoint. Set `OMP_WAIT_POLICY=PASSIVE` where other work shares the cores: threads
+that spin while they wait made a step three to twenty times as slow.
 
 Shapes: B batch, F frames of 10 ms, T frames of 20 ms, D dims.
 """
@@ -11,10 +10,9 @@ Shapes: B batch, F frames of 10 ms, T frames of 20 ms, D dims.
 import json
 import logging
 import math
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +20,11 @@ import torch
 from torch import nn
 
 from speechalign.codec.augment import PseudoSpeakers
-from speechalign.codec.crops import Corpus, CropBatch, CropSampler, equal_length_batches
+from speechalign.codec.crops import Corpus, CropBatch, CropSampler
 from speechalign.codec.embedded import round_to_half, save_embedded
 from speechalign.codec.embedded_model import EmbeddedModel
 from speechalign.codec.phases import AcousticsPhase, ContentHeads, ContentPhase, Phase
 from speechalign.config.codec import CodecTrainingConfig, PhaseConfig
-from speechalign.config.load import load_config
 from speechalign.errors import Diverged
 from speechalign.seeds import derive_seed
 
@@ -52,8 +49,6 @@ def train_codec(config: CodecTrainingConfig) -> Path:
     trainer.run("content", ContentPhase(model, heads), config.content)
     round_to_half(model.content)
     model.content.eval().requires_grad_(False)
-    if not (config.out_dir / "LEVEL1_READY").exists():
-        _write_level1(model, corpus, config.out_dir)
 
     trainer.run("acoustics", AcousticsPhase(model), config.acoustics)
     round_to_half(model)
@@ -222,31 +217,3 @@ def _measure_statistics(
     teacher_ND = batch.teacher_BTD.flatten(0, 1)
     heads.teacher_statistics.mean_D.copy_(teacher_ND.mean(0))
     heads.teacher_statistics.std_D.copy_(teacher_ND.std(0).clamp(min=1e-3))
-
-
-def _write_level1(model: EmbeddedModel, corpus: Corpus, out_dir: Path) -> None:
-    codes_T = np.zeros(int(corpus.num_frames_C.sum()), np.uint16)
-    for clips in equal_length_batches(corpus.num_frames_C):
-        features_BFD = np.stack([corpus.clip_features(clip) for clip in clips])
-        codes_BT = model.encode_content(torch.from_numpy(features_BFD).float()).numpy()
-        for clip, clip_codes_T in zip(clips, codes_BT, strict=True):
-            start = corpus.starts_C[clip]
-            codes_T[start : start + len(clip_codes_T)] = clip_codes_T
-    np.save(out_dir / "level1.npy", codes_T)
-    share_C = np.bincount(codes_T, minlength=model.config.codebook_size) / len(codes_T)
-    share_C = share_C[share_C > 0]
-    perplexity = math.exp(-(share_C * np.log(share_C)).sum())
-    repeats = float((codes_T[1:] == codes_T[:-1]).mean())
-    note = {"frames": len(codes_T), "perplexity": round(perplexity), "repeats": repeats}
-    (out_dir / "LEVEL1_READY").write_text(json.dumps(note) + "\n")
-    _log.info("level 1 of the corpus is written: %s", note)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the job that the command line names."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train_codec(load_config(CodecTrainingConfig, Path(arguments[0]), arguments[1:]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

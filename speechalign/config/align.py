@@ -1,5 +1,6 @@
 """A recipe of `speechalign align`: everything a run can be told, in the order of the data."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -11,9 +12,12 @@ from speechalign.config.evaluation import EvaluationConfig
 from speechalign.config.guards import GuardsConfig
 from speechalign.config.judges import (
     TRUNCATED,
+    HttpJudgeConfig,
     JudgeConfig,
+    PythonJudgeConfig,
     RecogniserConfig,
     RewardConfig,
+    RewardModelJudgeConfig,
     judge_measures,
 )
 from speechalign.config.online_training import OnlineTrainingConfig
@@ -33,7 +37,7 @@ ONLINE_METHODS = ("ppo", "grpo", "online_dpo")
 
 
 def _kind_of_training(values: Any) -> str:
-    method = values.get("method") if isinstance(values, dict) else values.method
+    method = values.get("method") if isinstance(values, Mapping) else getattr(values, "method", "")
     return "online" if method in ONLINE_METHODS else "on_pairs"
 
 
@@ -88,8 +92,8 @@ class AlignConfig(Config):
         for term in self.reward.terms:
             if term.measure not in measured:
                 raise ValueError(
-                    f"reward term {term.measure!r} is measured by no judge of this recipe; "
-                    f"measured are {', '.join(sorted(measured))}"
+                    f"reward.terms uses {term.measure!r}, which is measured by no judge in "
+                    f"`judges`; available: {', '.join(sorted(measured))}"
                 )
         return self
 
@@ -99,7 +103,10 @@ class AlignConfig(Config):
             names = [name for judge in judges for name in judge_measures(judge)]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ValueError(f"two judges measure {', '.join(twice)}; give one another name")
+                raise ValueError(
+                    f"two judges both measure {', '.join(twice)}; remove one (only python and "
+                    "http judges can be renamed)"
+                )
         return self
 
     @model_validator(mode="after")
@@ -111,8 +118,9 @@ class AlignConfig(Config):
             return self
         if not self.reward.terms:
             raise ValueError(
-                "reward.terms is empty: only golden pairs can be made without a reward; add "
-                "a judge and a term, or set pairing.kinds to [golden]"
+                "reward.terms is empty, but this recipe chooses by a reward; add a judge to "
+                "`judges` and its measure to reward.terms, or learn from golden pairs alone "
+                "(pairing.kinds: [golden], golden_rejected: first, evaluation.best_of: 1)"
             )
         return self
 
@@ -170,3 +178,33 @@ class AlignConfig(Config):
                 "give evaluation.judges another model"
             )
         return self
+
+    @model_validator(mode="after")
+    def _evaluation_measures_what_made_no_reward(self) -> "AlignConfig":
+        another = "add a judge that makes no reward, e.g. {kind: distillmos}"
+        if not self.evaluation.judges:
+            raise ValueError(f"evaluation.judges is empty: nobody would hear the policy; {another}")
+        used = {term.measure for term in self.reward.terms}
+        rewarded = {
+            _ear(j, name) for j in self.judges for name in judge_measures(j) if name in used
+        }
+        heard = {_ear(j, name) for j in self.evaluation.judges for name in judge_measures(j)}
+        if heard <= rewarded:
+            raise ValueError(
+                "evaluation.judges measures nothing but what makes the reward: a better number "
+                f"could mean a policy that pleases it and nobody else; {another}"
+            )
+        return self
+
+
+def _ear(judge: JudgeConfig, measure: str) -> tuple[str, str]:
+    """Return whose measure it is, and which; a user's judge is the same under another name."""
+    match judge:
+        case PythonJudgeConfig():
+            return f"{judge.target} {judge.arguments}", ""
+        case HttpJudgeConfig():
+            return judge.url, ""
+        case RewardModelJudgeConfig():
+            return str(judge.path), measure
+        case _:
+            return judge.kind, measure

@@ -7,12 +7,15 @@ from pydantic import Field, model_validator
 
 from speechalign.config.base import Config
 
+NAME_PATTERN = r"^[a-z0-9-]+$"
+"""Of a step, which becomes a folder."""
+
 
 class ArmConfig(Config):
     """A run of the recipe with other settings: `RUN/NAME`, or `RUN/NAME-seed1` and so on."""
 
     kind: Literal["arm"] = "arm"
-    name: str = Field(pattern=r"[a-z0-9-]+")
+    name: str = Field(pattern=NAME_PATTERN)
     label: str
     """In the table."""
     overrides: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -27,7 +30,7 @@ class RewardModelStepConfig(Config):
     """A reward model that later steps use: `RUN/NAME`."""
 
     kind: Literal["reward_model"] = "reward_model"
-    name: str = Field(pattern=r"[a-z0-9-]+")
+    name: str = Field(pattern=NAME_PATTERN)
     recipe: Path
     overrides: dict[str, Any] = Field(default_factory=dict[str, Any])
 

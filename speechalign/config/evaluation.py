@@ -15,7 +15,7 @@ from speechalign.config.sampling import PromptsConfig, Temperature
 
 
 class EvaluationConfig(Config):
-    """Held-out prompts, and judges of which at least one made no reward."""
+    """Held-out prompts, and judges with at least one measure that makes no reward."""
 
     seed: int = 0
     """Of the choice of prompts and of what is sampled: not the run's, so that runs compare."""

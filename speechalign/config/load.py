@@ -7,7 +7,7 @@ import copy
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin
@@ -43,7 +43,7 @@ def validated(model: type[ConfigT], values: Any, source: str) -> ConfigT:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, source)) from None
+        raise ConfigError(_explain(error, model, values, source)) from None
 
 
 def with_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a recipe, e.g. one of jobs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no such date
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
@@ -96,7 +96,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node = _step(node, key, override)
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no such date
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     if isinstance(node, list):
         node[_index(cast("list[Any]", node), last, override)] = value
@@ -122,12 +122,32 @@ def _index(items: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    lines = [f"{source} is not a valid {model.__name__}:"]
-    for problem in error.errors(include_url=False):
-        where = ".".join(map(str, problem["loc"])) or "the whole file"
-        lines.append(f"  {where}: {problem['msg']}{_hint(problem, model)}")
+def _explain(error: ValidationError, model: type[BaseModel], values: Any, source: str) -> str:
+    problems = error.errors(include_url=False)
+    lines = [f"{source} has {len(problems)} mistake{'s' if len(problems) > 1 else ''}:"]
+    for problem in problems:
+        where = ".".join(map(str, _written_key(problem, values)))
+        said = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "model_type":
+            said = "must be a section of keys and values"
+        lines.append(f"  {where}{': ' if where else ''}{said}{_hint(problem, model)}")
     return "\n".join(lines)
+
+
+def _written_key(problem: Any, values: Any) -> list[int | str]:
+    """Return the place of a mistake as a person writes it.
+
+    pydantic also names the branches of a union, which are no keys: `training.on_pairs.beta`.
+    """
+    written: list[int | str] = []
+    location, node = problem["loc"], values
+    for place, key in enumerate(location):
+        is_new = problem["type"] == "missing" and place == len(location) - 1
+        is_index = isinstance(node, list | tuple) and isinstance(key, int)
+        if is_new or is_index or (isinstance(node, Mapping) and key in node):
+            written.append(key)
+            node = None if is_new else cast("Any", node)[key]
+    return written
 
 
 def _hint(problem: Any, model: type[BaseModel]) -> str:
@@ -136,8 +156,8 @@ def _hint(problem: Any, model: type[BaseModel]) -> str:
         known = sorted(_names_beside(model, problem["loc"]))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
-    if problem["type"] == "missing":
-        return ""
+    if problem["type"] == "missing" or isinstance(problem["input"], Mapping):
+        return ""  # a whole section would bury the message
     return f" (got {problem['input']!r})"
 
 

@@ -30,6 +30,7 @@ from speechalign.config.judges import (
     SpeakerConfig,
 )
 from speechalign.errors import BudgetExceeded
+from speechalign.evaluation.summary import markdown_rows
 from speechalign.judges.base import Judge
 from speechalign.judges.build import build_judge
 from speechalign.types import Clip, Unmeasured
@@ -129,15 +130,13 @@ def _weights(name: str, num_words: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def as_markdown(report: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """Return the report as a table that people read."""
-    lines = [
-        f"| clips | treatment | {' | '.join(MEASURES)} |",
-        "|---|---|" + "---|" * len(MEASURES),
+    rows = [["clips", "treatment", *MEASURES]]
+    rows += [
+        [source, treatment, *(f"{values[name]:.3f}" for name in MEASURES)]
+        for source, table in report.items()
+        for treatment, values in table.items()
     ]
-    for source, table in report.items():
-        for treatment, values in table.items():
-            cells = " | ".join(f"{values[name]:.3f}" for name in MEASURES)
-            lines.append(f"| {source} | {treatment} | {cells} |")
-    return "\n".join(lines) + "\n"
+    return markdown_rows(rows) + "\n"
 
 
 def main(arguments: Sequence[str]) -> None:

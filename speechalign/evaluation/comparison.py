@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from speechalign.evaluation.statistics import Estimate, ratio_estimate
 from speechalign.evaluation.summary import (
+    METRICS,
+    Metric,
     Summary,
     compare,
     relative_error_change,
@@ -79,21 +81,40 @@ class Compared:
             "facts": dict(self.facts),
         }
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Compared":
+        """Return what `to_json` was made of."""
+        wins, relative, difference = (
+            {key: Estimate(**value) for key, value in values[name].items()}
+            for name in ("wins", "relative", "difference")
+        )
+        return cls(
+            summary=Summary.from_json(values["summary"]),
+            wins=wins,
+            relative=relative,
+            difference=difference,
+            seconds=values["seconds"],
+            facts=values["facts"],
+        )
+
 
 def compare_systems(
-    baseline: System, others: Sequence[System], num_resamples: int
+    baseline: System,
+    others: Sequence[System],
+    num_resamples: int,
+    metrics: Sequence[Metric] = METRICS,
 ) -> list[Compared]:
     """Return the baseline and what every other system is against it."""
     return [
         Compared(
-            summary=summarise(system.label, system.judged, num_resamples),
+            summary=summarise(system.label, system.judged, num_resamples, metrics),
             wins={} if system is baseline else win_rates(baseline, system, num_resamples),
             relative={}
             if system is baseline
             else relative_error_change(baseline.judged, system.judged, num_resamples),
             difference={}
             if system is baseline
-            else compare(baseline.judged, system.judged, num_resamples),
+            else compare(baseline.judged, system.judged, num_resamples, metrics),
             seconds=system.seconds,
             facts=system.facts,
         )
@@ -145,8 +166,4 @@ def _values(table: pa.Table, vote: Vote) -> dict[str, float]:
 
 
 def _percent(estimate: Estimate | None, *, signed: bool = False) -> str:
-    if estimate is None:
-        return ""
-    sign = "+" if signed else ""
-    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value:{sign}.0f} [{low:{sign}.0f}, {high:{sign}.0f}]"
+    return "" if estimate is None else estimate.shown(scale=100, digits=0, signed=signed)

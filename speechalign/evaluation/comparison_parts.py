@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from speechalign.errors import DataError
+from speechalign.evaluation.comparison import Compared, comparison_rows
 
 Table: TypeAlias = Mapping[str, Any]
 
 START, CEILING = "start", "ceiling"
-REWARD_MODEL, WINS_BY_IT = "reward_model", "wins % by reward model"
+REWARD_MODEL = "reward_model"
 MAX_BASELINE_DIFFERENCE = 0.005
 """Of the error rates of the start: it was sampled again, perhaps on another machine."""
 
@@ -33,39 +34,24 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
         DataError: the two were not measured against the same start, or an arm is not known.
     """
     _check_starts(table["rows"][0], earlier["rows"][0])
-    facts = dict(table["facts"])
+    facts, earlier_rows = dict(table["facts"]), earlier["rows"]
     theirs = earlier["facts"].get(REWARD_MODEL)
     if REWARD_MODEL not in facts and theirs is not None:
         facts[REWARD_MODEL] = theirs
     elif facts.get(REWARD_MODEL) != theirs:
-        earlier = _without_its_wins(earlier)
-    head, *cells = table["table"]
-    earlier_head, *earlier_cells = earlier["table"]
-    head = [*head[:-1], *(n for n in earlier_head if n not in head), head[-1]]
-    found: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}
-    for names, rows, lines in (
-        (earlier_head, earlier["rows"], earlier_cells),
-        (table["table"][0], table["rows"], cells),
-    ):
-        for row, line in zip(rows, lines, strict=True):
-            known = dict(zip(names, line, strict=True))
-            found[_place(row, arms)] = (row, [known.get(name, "") for name in head])
-    ordered = [found[place] for place in sorted(found)]
+        earlier_rows = [_without_its_wins(row) for row in earlier_rows]
+    found = {_place(row, arms): row for row in (*earlier_rows, *table["rows"])}
+    rows = [found[place] for place in sorted(found)]
     return {
         "facts": facts,
-        "rows": [row for row, _ in ordered],
-        "table": [head, *(line for _, line in ordered)],
+        "rows": rows,
+        "table": comparison_rows([Compared.from_json(row) for row in rows]),
     }
 
 
-def _without_its_wins(table: Table) -> dict[str, Any]:
-    rows = [dict(row) for row in table["rows"]]
-    for row in rows:
-        row["wins"] = {key: value for key, value in row["wins"].items() if key != REWARD_MODEL}
-    head, *lines = table["table"]
-    kept = [index for index, name in enumerate(head) if name != WINS_BY_IT]
-    cells = [[line[index] for index in kept] for line in (head, *lines)]
-    return dict(table) | {"rows": rows, "table": cells}
+def _without_its_wins(row: Mapping[str, Any]) -> dict[str, Any]:
+    wins = {key: value for key, value in row["wins"].items() if key != REWARD_MODEL}
+    return dict(row) | {"wins": wins}
 
 
 def _check_starts(mine: Table, earlier: Table) -> None:

@@ -93,7 +93,7 @@ class Verdict:
         comparison = self.comparisons[self.best - 1]
         if comparison.wer_difference is None:
             return "the last one that violates no guard; no WER was measured"
-        change = _shown(comparison.wer_difference, _METRIC_OF[WER])
+        change = _METRIC_OF[WER].shown(comparison.wer_difference, signed=True)
         return (
             f"the lowest held-out WER of those that violate no guard, {change} points against "
             f"{iteration_name(comparison.against)}"
@@ -189,12 +189,4 @@ def _violation_text(violation: Violation) -> str:
     if violation.worse_by is None:
         return f"{metric.label} is measured for no prompt any more"
     limit = f"{metric.scale * violation.limit:.{metric.digits}f}"
-    return f"{metric.label} by {_shown(violation.worse_by, metric)}, limit {limit}"
-
-
-def _shown(estimate: Estimate, metric: Metric) -> str:
-    value, low, high = (
-        f"{metric.scale * number:+.{metric.digits}f}"
-        for number in (estimate.value, estimate.low, estimate.high)
-    )
-    return f"{value} [{low}, {high}]"
+    return f"{metric.label} by {metric.shown(violation.worse_by, signed=True)}, limit {limit}"

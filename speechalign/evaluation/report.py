@@ -13,7 +13,7 @@ from speechalign.evaluation.plots import (
     token_cloud,
     training_curves,
 )
-from speechalign.evaluation.summary import METRICS, Differences, Summary, table_rows
+from speechalign.evaluation.summary import Differences, Summary, measured_metrics, table_rows
 
 TEMPLATE = "report.html.j2"
 
@@ -84,7 +84,7 @@ def write_report(inputs: ReportInputs, path: Path) -> None:
 
 def _metric_plots(iterations: Sequence[Summary]) -> list[str]:
     plots: list[str] = []
-    for metric in METRICS:
+    for metric in measured_metrics(iterations):
         estimates = [summary.estimates.get(metric.key) for summary in iterations]
         values = [
             (metric.scale * e.value, metric.scale * e.low, metric.scale * e.high)

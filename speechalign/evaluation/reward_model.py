@@ -3,11 +3,12 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
+from speechalign.evaluation.pages import write_page
 from speechalign.evaluation.plots import calibration, margin_histogram, training_curves
 
+TEMPLATE = "reward_model.html.j2"
 NUM_BINS = 5
 
 
@@ -42,15 +43,4 @@ def write_reward_report(
         calibration(calibration_points(everything)),
         *training_curves(metrics),
     ]
-    rows = "".join(
-        f"<tr><th>{escape(str(name))}</th><td>{escape(str(value))}</td></tr>"
-        for name, value in facts.items()
-    )
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Reward model</title>"
-        "<style>body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-        "th{text-align:left;padding-right:1rem}</style>"
-        f"<h1>Reward model</h1><table>{rows}</table>{''.join(plots)}</html>\n"
-    )
-    partial.replace(path)
+    write_page(TEMPLATE, {"facts": facts, "plots": plots}, path)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from speechalign.config.judges import JudgeConfig, judge_measures
 from speechalign.errors import DataError
 from speechalign.evaluation.statistics import (
     Estimate,
@@ -66,6 +67,31 @@ METRICS = (
     Metric(key="duration", label="duration ratio", total="duration_ratio"),
     Metric(key="silence", label="silence %", total="silence_ratio", is_percent=True, digits=1),
 )  # fmt: skip
+OWN = "own_"
+"""Begins the key of a metric that is not among the above, which may be called as one of them."""
+
+
+def metrics_of(judges: Sequence[JudgeConfig]) -> tuple[Metric, ...]:
+    """Return the columns of a table: the fixed ones, and those of judges that have none there.
+
+    Whether more of the latter is better is not known, so no guard watches them.
+    """
+    fixed = {metric.total for metric in METRICS}
+    measures = [judge_measures(judge) for judge in judges]
+    own = [name for names in measures if not fixed.intersection(names) for name in names]
+    return (*METRICS, *map(_own_metric, own))
+
+
+def measured_metrics(summaries: Sequence["Summary"]) -> list[Metric]:
+    """Return the metrics that at least one system has an estimate of."""
+    keys = dict.fromkeys(key for summary in summaries for key in summary.estimates)
+    fixed = [metric for metric in METRICS if metric.key in keys]
+    own = [_own_metric(key.removeprefix(OWN)) for key in keys if key.startswith(OWN)]
+    return [*fixed, *own]
+
+
+def _own_metric(measure: str) -> Metric:
+    return Metric(key=OWN + measure, label=measure, total=measure)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +120,10 @@ class Summary:
         )
 
 
-def summarise(name: str, judged: pa.Table, num_resamples: int) -> Summary:
-    """Return the estimates of all metrics that the table has columns for.
+def summarise(
+    name: str, judged: pa.Table, num_resamples: int, metrics: Sequence[Metric] = METRICS
+) -> Summary:
+    """Return the estimates of those metrics that the table has columns for.
 
     Raises:
         DataError: the table is empty.
@@ -104,7 +132,7 @@ def summarise(name: str, judged: pa.Table, num_resamples: int) -> Summary:
         raise DataError(f"{name}: there is not one judged sample to evaluate")
     estimates: dict[str, Estimate] = {}
     missing: dict[str, int] = {}
-    for metric in METRICS:
+    for metric in metrics:
         measured = _measured(judged, metric)
         if measured is None:
             continue
@@ -189,7 +217,7 @@ def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
 
 def table_rows(summaries: Sequence[Summary], differences: Differences) -> list[list[str]]:
     """Return the cells of the table: a head, a row a system, a row a paired difference."""
-    present = [m for m in METRICS if any(m.key in s.estimates for s in summaries)]
+    present = measured_metrics(summaries)
     rows = [["system", "prompts", *(metric.label for metric in present)]]
     for summary in summaries:
         cells = [
@@ -230,7 +258,7 @@ def _measured(
     judged: pa.Table, metric: Metric
 ) -> tuple[dict[str, tuple[float, float]], int] | None:
     """Return sum and count per prompt, and the number of samples that have no measurement."""
-    if metric.total == "stopped":
+    if metric.key == "stop":
         values = [0.0 if cut else 1.0 for cut in judged["is_truncated"].to_pylist()]
     elif metric.total in judged.column_names:
         values = judged[metric.total].to_pylist()

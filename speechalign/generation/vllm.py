@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from speechalign.artifacts import verify_folder
 from speechalign.config.sampling import VllmConfig
 from speechalign.errors import ConfigError, EngineDead
 from speechalign.generation.base import (
@@ -24,6 +23,7 @@ from speechalign.generation.base import (
     check_lengths,
 )
 from speechalign.generation.streams import Piece
+from speechalign.policy.ar import check_ar
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ENVIRONMENT = {
@@ -44,7 +44,7 @@ class VllmEngine:
 
     def __init__(self, folder: Path, config: VllmConfig) -> None:
         self._config = config
-        self._policy_version = _policy_version(folder)
+        self._policy_version = int(check_ar(folder)["policy_version"])
         self._vllm = _import_vllm(config)
         try:
             self._llm = self._vllm.LLM(model=str(folder), **_settings_of(config))
@@ -60,7 +60,7 @@ class VllmEngine:
 
     def load_policy(self, folder: Path) -> None:
         """Replace the weights in place by those of another policy of the same shape."""
-        version = _policy_version(folder)
+        version = int(check_ar(folder)["policy_version"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self._llm.apply_model(_tie_head)
         self._llm.reset_prefix_cache()
@@ -196,12 +196,6 @@ def _tie_head(model: Any) -> None:
     if model.config.tie_word_embeddings:
         model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-
-
-def _policy_version(folder: Path) -> int:
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} holds no policy; train one with `speechalign sft`")
-    return int(verify_folder(folder)["policy_version"])
 
 
 def _generation(output: Any, params: SamplingParams) -> Generation:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,7 @@ class DnsMos:
     remarks = ()
 
     def __init__(self, config: DnsMosConfig) -> None:
-        from speechmos import dnsmos
-
-        self._run: Any = dnsmos.run  # untyped: a dict of scores for one waveform
+        self._model = _dnsmos(config.num_threads)
 
     def judge(self, clips: Sequence[Clip]) -> list[Judgement]:
         """Return scores."""
@@ -78,7 +77,27 @@ class DnsMos:
         wave_N = at_16_khz(clip).clip(-1, 1)
         if len(wave_N) < DNSMOS_WINDOW:
             wave_N = np.resize(wave_N, DNSMOS_WINDOW)
-        return {"dnsmos": float(self._run(wave_N, SAMPLE_RATE_HZ)["ovrl_mos"])}
+        scores = self._model(wave_N, SAMPLE_RATE_HZ, is_personalized_MOS=False)
+        return {"dnsmos": float(scores["ovrl_mos"])}
+
+
+def _dnsmos(num_threads: int) -> Any:
+    """Return the package's model, untyped: waveform to a dict of scores.
+
+    Its own `__init__` opens the two networks without options, and they take all cores.
+    """
+    import onnxruntime
+    from speechmos import dnsmos
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    folder = Path(dnsmos.__file__).parent / "dnsmos_models"
+    model = dnsmos.DNSMOS.__new__(dnsmos.DNSMOS)
+    model.onnx_sess, model.p808_onnx_sess = (
+        onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
+        for name in ("sig_bak_ovr.onnx", "model_v8.onnx")
+    )
+    return model
 
 
 def _computes_in_bf16(torch: Any) -> bool:

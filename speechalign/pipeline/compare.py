@@ -8,6 +8,7 @@ share (prompts, the evaluation of the start, its judged samples) is made once an
 
 import json
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -33,7 +34,7 @@ from speechalign.evaluation.comparison_parts import (
     with_earlier,
 )
 from speechalign.evaluation.plots import systems_compared
-from speechalign.evaluation.summary import METRICS, markdown_rows
+from speechalign.evaluation.summary import METRICS, markdown_rows, metrics_of
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.report import machine_facts
@@ -119,8 +120,30 @@ def _with_only(config: CompareConfig, names: Sequence[str]) -> CompareConfig:
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ConfigError(f"no step is named {', '.join(unknown)}; there are {', '.join(known)}")
+    wanted = _with_needs(config, names)
+    lacking = [f"--only {name}" for name in known if name in wanted and name not in names]
+    if lacking:
+        raise ConfigError(
+            f"{', '.join(names)} reads what other steps make, and {config.run_dir} does not have "
+            f"it yet; add {' '.join(lacking)}"
+        )
     steps = tuple(step for step in config.steps if not names or step.name in names)
     return config.model_copy(update={"steps": steps})
+
+
+def _with_needs(config: CompareConfig, names: Sequence[str]) -> set[str]:
+    """Return these steps and those that make what they read, as far as it is not there."""
+    known, wanted = {step.name for step in config.steps}, set(names)
+    for step in reversed(config.steps):  # a step reads what earlier ones have made
+        if step.name not in wanted:
+            continue
+        told = json.dumps({**config.overrides, **step.overrides})
+        for path in re.findall(r'\{run\}/([^"]+)', told):
+            folder = path.partition("/")[0]
+            maker = folder if folder in known else re.sub(r"-seed\d+$", "", folder)
+            if maker in known and not is_committed(config.run_dir / path):
+                wanted.add(maker)
+    return wanted
 
 
 def _run_steps(config: CompareConfig) -> tuple[list[Arm], dict[str, str]]:
@@ -204,12 +227,13 @@ def comparison_of(
         raise DataError(f"{config.run_dir} has no evaluated arm to compare")
     systems = list(_systems(config, evaluated))
     baseline = systems[0]
-    compared = compare_systems(baseline, systems[1:], config.num_resamples)
+    metrics = metrics_of(evaluated[0].config.evaluation.judges)
+    compared = compare_systems(baseline, systems[1:], config.num_resamples, metrics)
     ceiling = evaluated[0].config.run_dir / "ceiling"
     if is_committed(ceiling):
         judged = pq.read_table(ceiling / SCORED)
         system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": CEILING})
-        compared.append(compare_systems(system, [], config.num_resamples)[0])
+        compared.append(compare_systems(system, [], config.num_resamples, metrics)[0])
     facts = machine_facts() | {"command": shlex.join(["speechalign", *sys.argv[1:]])}
     model = _reward_model_folder(config)
     if model is not None:

@@ -78,7 +78,10 @@ def _device(config: AlignConfig) -> str:
 
     device = config.engine.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise SpeechalignError("the recipe asks for cuda, torch sees no GPU; set the device to cpu")
+        raise SpeechalignError(
+            "engine.device is cuda, but torch sees no GPU here; set engine.device to cpu, or run "
+            "on a machine with one"
+        )
     return f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
 
 

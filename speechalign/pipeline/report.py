@@ -26,6 +26,7 @@ from speechalign.evaluation.summary import (
     aligned_text,
     compare,
     markdown_table,
+    metrics_of,
     relative_error_change,
     summarise,
     text_table,
@@ -47,18 +48,18 @@ def write_run_report(config: AlignConfig) -> Path:
     """
     run = config.run_dir
     tables = read_evaluations(config)
-    resamples = config.evaluation.num_resamples
-    iterations = [summarise(name, table, resamples) for name, table in tables.items()]
+    resamples, metrics = config.evaluation.num_resamples, metrics_of(config.evaluation.judges)
+    iterations = [summarise(name, table, resamples, metrics) for name, table in tables.items()]
     ceilings: list[Summary] = []
     heard = None
     if is_committed(run / "ceiling"):
         ceiling = pq.read_table(run / "ceiling" / SCORED)
-        ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples))
+        ceilings.append(summarise("golden level 1 + NAR", ceiling, resamples, metrics))
         heard = heard_gap(ceiling, tables, resamples)
     clouds = read_clouds(run / "gap")
     names, evaluated = list(tables), list(tables.values())
     later = dict(zip(names[1:], evaluated[1:], strict=True))
-    differences = {name: compare(evaluated[0], t, resamples) for name, t in later.items()}
+    differences = {name: compare(evaluated[0], t, resamples, metrics) for name, t in later.items()}
     relative = {
         name: relative_error_change(evaluated[0], t, resamples) for name, t in later.items()
     }

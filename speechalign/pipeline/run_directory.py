@@ -1,13 +1,15 @@
 """A run on disk: who holds it, what it was told, which stages are finished.
 
 The same command on the same folder resumes: a committed stage is never redone, a half-written
-one is discarded and redone. Two runs never share a folder.
+one is discarded and redone. Two runs never share a folder. A resumed run may have other actors and
+less memory (`PLACEMENT`), so that one that was killed for want of memory can go on.
 """
 
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,25 @@ from speechalign.artifacts import (
     verify_folder,
     write_json_atomically,
 )
-from speechalign.config.load import config_hash, dump_yaml
+from speechalign.config.load import dump_yaml
 from speechalign.errors import ConfigError, DataError
 from speechalign.locks import held, make_writable
 
 logger = logging.getLogger(__name__)
 
 TIMINGS = "timings.json"
+PLACEMENT = re.compile(
+    r"pools\..+"
+    r"|(evaluation\.)?judges\.\d+\.(num_threads|pool\..+)"
+    r"|(engine|rendering)\.num_threads"
+    r"|engine\.(kv_cache_mib|max_num_seqs)"
+    r"|training\.workers\.(cpus_per_worker|gpus_per_worker|max_failures|label_selector\..+)"
+    r"|evaluation\.num_players"
+)
+"""Keys that say where and how fast, not what: a sample's seed is made of its prompt and index, and
+its answer does not depend on those beside it. `num_workers` is not among them: a checkpoint of
+online training is of so many."""
+ITERATIONS = "pipeline.iterations"
 
 Produce = Callable[[Path], object]
 """Commits the folder it is given (`artifacts.committed_folder`), as its last act."""
@@ -39,7 +53,6 @@ class RunDirectory:
     """An open run: held by this process, told one config."""
 
     path: Path
-    config_hash: str
 
     def stage(self, name: str, produce: Produce) -> Path:
         """Return the committed folder of a stage, producing it if it is not there yet.
@@ -79,33 +92,69 @@ def open_run(path: Path, config: BaseModel) -> Iterator[RunDirectory]:
     """Hold a run directory for as long as the block lasts.
 
     Raises:
-        ConfigError: the folder cannot be written, or holds a run with another config.
+        ConfigError: the folder cannot be written, or holds a run that was started with another
+            config.
         RunLocked: another live process holds it.
     """
     make_writable(path)
     with held(path, path / "lock"):
         _record_config(path / "config.yaml", config)
-        yield RunDirectory(path=path, config_hash=config_hash(config))
+        yield RunDirectory(path=path)
 
 
 def _record_config(path: Path, config: BaseModel) -> None:
-    resolved = dump_yaml(config)
+    resolved, run = dump_yaml(config), path.parent
     # A config with which nothing was ever made may be mended.
-    if not path.exists() or not any(path.parent.rglob(MANIFEST)):
-        partial = path.with_name(".config.yaml.partial")
-        partial.write_text(resolved)
-        partial.replace(path)
-        return
-    earlier = _flat(yaml.safe_load(path.read_text()))
-    now = _flat(yaml.safe_load(resolved))
-    changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
-    if changed:
-        lines = [f"  {key}: was {earlier.get(key)!r}, now {now.get(key)!r}" for key in changed]
-        raise ConfigError(
-            f"{path.parent} holds a run with another config:\n"
-            + "\n".join(lines)
-            + "\nresume with the config it has, or choose another run_dir"
-        )
+    if path.exists() and any(run.rglob(MANIFEST)):
+        earlier, now = yaml.safe_load(path.read_text()), yaml.safe_load(resolved)
+        changed = changed_settings(earlier, now, is_finished=is_committed(run / "best"))
+        if changed.refused:
+            raise ConfigError(
+                f"{run} was started with another config:\n"
+                + "\n".join(f"  {line}" for line in changed.refused)
+                + f"\nUse the old settings to resume (they are in {path}), or choose another "
+                "run_dir."
+            )
+        for line in changed.allowed:
+            logger.info("%s goes on with another setting: %s", run, line)
+    partial = path.with_name(".config.yaml.partial")
+    partial.write_text(resolved)
+    partial.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedSettings:
+    """Lines about what differs between two configs."""
+
+    allowed: tuple[str, ...]
+    """The run goes on as if it had started so."""
+    refused: tuple[str, ...]
+    """What is there was made of other settings."""
+
+
+def changed_settings(
+    earlier: Mapping[str, Any], now: Mapping[str, Any], *, is_finished: bool
+) -> ChangedSettings:
+    """Return what differs between the config of a run and the one it shall resume with.
+
+    Args:
+        earlier: the plain values that the run was started with.
+        now: those of the command.
+        is_finished: whether the run has chosen its best policy, among all iterations.
+    """
+    before, after = _flat(earlier), _flat(now)
+    free: list[str] = []
+    bound: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        was, is_now = before.get(key), after.get(key)
+        if was == is_now:
+            continue
+        goes_on = key == ITERATIONS and not is_finished and after[key] > before.get(key, 0)
+        # Fresh prompts were dealt out to so many iterations.
+        goes_on = goes_on and before.get("pipeline.prompts") == "same"
+        lines = free if goes_on or PLACEMENT.fullmatch(key) else bound
+        lines.append(f"{key}: was {was!r}, now {is_now!r}")
+    return ChangedSettings(allowed=tuple(free), refused=tuple(bound))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -114,7 +114,7 @@ def check_budget(rewards: Sequence[Score], config: RewardConfig) -> int:
     reasons = [reward.reason for reward in rewards if isinstance(reward, Unmeasured)]
     if len(reasons) > config.failure_budget * len(rewards):
         raise BudgetExceeded(
-            f"{len(reasons)} of {len(rewards)} samples have no reward, "
-            f"{config.failure_budget:.0%} may lack one; the first reason: {reasons[0]}"
+            f"{len(reasons)} of {len(rewards)} samples have no reward; reward.failure_budget "
+            f"allows {100 * config.failure_budget:g} %; first reason: {reasons[0]}"
         )
     return len(reasons)

@@ -137,5 +137,5 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path):
 
 
 def test_a_directory_without_a_codec_is_a_mistake_of_the_run(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"codec\.train"):
+    with pytest.raises(ConfigError, match=r"has no codec; train one with `speechalign codec`"):
         build_codec(EmbeddedCodecConfig(path=tmp_path))

@@ -84,7 +84,7 @@ def a_job(corpus_dir: Path, out_dir: Path, num_steps: int = 4) -> CodecTrainingC
     )
 
 
-def test_training_leaves_level_one_a_codec_and_golden_codes(corpus_dir: Path, tmp_path: Path):
+def test_training_leaves_a_codec_that_makes_golden_codes(corpus_dir: Path, tmp_path: Path):
     codec_dir = train_codec(a_job(corpus_dir, tmp_path / "out"))
     out_file = tmp_path / "golden.parquet"
     encode_corpus(
@@ -98,11 +98,8 @@ def test_training_leaves_level_one_a_codec_and_golden_codes(corpus_dir: Path, tm
     assert set(golden["codec_fingerprint"].to_pylist()) == {
         EmbeddedCodec.load(codec_dir).fingerprint
     }
-    level1_T = np.load(tmp_path / "out" / "level1.npy")
-    assert (tmp_path / "out" / "LEVEL1_READY").exists()
     codes = [np.reshape(row, (3, -1)) for row in golden["codes"].to_pylist()]
     assert [c.shape[1] for c in codes] == NUM_FRAMES[:4]
-    np.testing.assert_array_equal(np.concatenate([c[0] for c in codes]), level1_T[:92])
 
 
 def test_a_killed_training_resumes_where_it_was(

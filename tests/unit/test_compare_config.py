@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from speechalign.artifacts import committed_folder, is_committed
-from speechalign.config.compare import ArmConfig, CompareConfig
+from speechalign.config.compare import ArmConfig, CompareConfig, RewardModelStepConfig
 from speechalign.pipeline.compare import Arm, arms_of, share_stages
 
 RECIPE = Path("jobs/align-embedded-cpu.yaml")
@@ -82,6 +82,14 @@ def test_the_folder_of_the_comparison_can_be_named_in_an_override(tmp_path: Path
     terms = [{"measure": "reward_model", "weight": 1}]
     arm = an_arm(tmp_path, "ppo", **{"judges": judges, "reward.terms": terms})
     assert str(arm.config.judges[0].path) == f"{tmp_path}/rm"  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "A", "", "a\n"])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str):
+    with pytest.raises(ValueError, match="should match pattern"):
+        ArmConfig(name=name, label="A")
+    with pytest.raises(ValueError, match="should match pattern"):
+        RewardModelStepConfig(name=name, recipe=RECIPE)
 
 
 def test_two_steps_of_one_name_are_refused(tmp_path: Path):

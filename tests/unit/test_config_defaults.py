@@ -12,7 +12,7 @@ from speechalign.config.online_training import KlConfig, OnlineTrainingConfig
 from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.config.sampling import SamplingPoolsConfig
 from speechalign.config.serving import ServingConfig
-from speechalign.config.training import RewardModelConfig
+from speechalign.config.training import RewardModelConfig, SftArConfig
 
 SERVING = {"nar": "nar", "policies": {"base": {"path": "p"}}, "voices": {"golden": "g.parquet"}}
 
@@ -69,3 +69,14 @@ def test_a_reward_model_keeps_its_weights_whole():
     values = {"policy": "p", "pairs": ["q"], "output": "o", "num_steps": 1}
     with pytest.raises(ValidationError, match="zero_stage 3 scatters"):
         RewardModelConfig.model_validate(values | {"engine": {"zero_stage": 3}})
+
+
+def test_every_worker_has_a_row_of_each_step():
+    four = {"workers": {"num_workers": 4}}
+    assert PreferenceTrainingConfig.model_validate(four | {"pairs_per_step": 4})
+    with pytest.raises(ValidationError, match="4 workers cannot share 3 pairs a step"):
+        PreferenceTrainingConfig.model_validate(four | {"pairs_per_step": 3})
+    needed = {"golden": "g", "output": "o", "num_steps": 1}
+    assert SftArConfig.model_validate(needed | four | {"rows_per_step": 4})
+    with pytest.raises(ValidationError, match="4 workers cannot share 3 rows a step"):
+        SftArConfig.model_validate(needed | four | {"rows_per_step": 3})

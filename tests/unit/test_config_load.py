@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
+from speechalign.config.align import AlignConfig
 from speechalign.config.base import Config
 from speechalign.config.load import config_hash, dump_yaml, load_config
 from speechalign.errors import ConfigError
@@ -50,11 +51,43 @@ def test_an_override_may_open_a_section_that_the_file_left_out(tmp_path: Path):
         ("training.beta", "not of the form"),
         ("terms.7.weight=1", "not an index into a list of 2"),
         ("training.beta.x=1", "'beta' is a value, not a section"),
+        ("training=0.2", r"training: must be a section of keys and values \(got 0\.2\)"),
+        ("training.beta=2024-13-45", "the value is not YAML: month must be in"),
     ],
 )
 def test_a_mistake_is_named_with_what_to_write_instead(recipe: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load_config(Recipe, recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training=dpo"], "1 mistake:\n  training: must be a section of keys and values"),
+        (["training="], "1 mistake:\n  training: must be a section of keys and values"),
+        (["training=[1]"], "1 mistake:\n  training: must be a section of keys and values"),
+        (["training.loss.betta=1"], "1 mistake:\n  training.loss.betta: "),
+        (["judges.0.x=1", "seed=a"], "2 mistakes:\n  seed: "),
+        (["judges.0.x=1", "seed=a"], "\n  judges.0.x: "),
+        (["judges=[{kind: http, name: mos}]"], "1 mistake:\n  judges.0.url: Field required"),
+        (["reward.terms=[]"], "1 mistake:\n  reward.terms is empty"),
+    ],
+)
+def test_a_mistake_is_at_a_key_that_a_person_writes(overrides: list[str], message: str):
+    recipe = Path("jobs/align-embedded-cpu.yaml")
+    with pytest.raises(ConfigError) as refused:
+        load_config(AlignConfig, recipe, overrides)
+    assert str(refused.value).startswith(f"{recipe} has ")
+    assert message in str(refused.value)
+    assert "Value error" not in str(refused.value)
+    assert "'run_dir':" not in str(refused.value)  # the whole recipe is not repeated
+
+
+def test_a_file_with_a_day_that_is_none_is_not_a_traceback(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run_dir: 2024-13-45\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not YAML: month must be in"):
+        load_config(Recipe, path)
 
 
 def test_a_missing_file_is_not_a_traceback(tmp_path: Path):

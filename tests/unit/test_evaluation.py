@@ -2,8 +2,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from speechalign.artifacts import committed_folder
+from speechalign.config.align import AlignConfig
+from speechalign.config.judges import (
+    HttpJudgeConfig,
+    RecogniserConfig,
+    RewardModelJudgeConfig,
+    SignalConfig,
+    SpeakerConfig,
+)
 from speechalign.evaluation.plots import metric_over_iterations, training_curves
 from speechalign.evaluation.report import Listening, Player, ReportInputs, write_report
 from speechalign.evaluation.statistics import (
@@ -13,14 +23,19 @@ from speechalign.evaluation.statistics import (
     relative_change,
 )
 from speechalign.evaluation.summary import (
+    METRICS,
+    Differences,
     Summary,
     compare,
     markdown_table,
+    metrics_of,
     relative_error_change,
     summarise,
     table_rows,
     text_table,
 )
+from speechalign.pipeline.report import write_run_report
+from speechalign.sampling.pipeline import SCORED
 
 
 def judged(errors: list[float | None], *, truncated: int = 0) -> pa.Table:
@@ -194,12 +209,62 @@ def test_silence_is_a_column_of_the_result():
     assert summarise("a", table, 20).estimates["silence"].value == pytest.approx(0.2)
 
 
+def inputs_of(iterations: list[Summary], differences: Differences) -> ReportInputs:
+    return ReportInputs(
+        title="t", facts={}, ceilings=[], iterations=iterations, differences=differences,
+        verdict=[], trainings=[], stage_seconds={}, listening=[],
+    )  # fmt: skip
+
+
 def test_a_plot_shows_percent_where_its_title_says_percent(tmp_path: Path):
     summary = summarise("before", judged([1.0, 1.0]), 20)
-    inputs = ReportInputs(
-        title="t", facts={}, ceilings=[], iterations=[summary], differences={}, verdict=[],
-        trainings=[], stage_seconds={}, listening=[],
-    )  # fmt: skip
-    write_report(inputs, tmp_path / "report.html")
+    write_report(inputs_of([summary], {}), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert metric_over_iterations(["before"], [(25.0, 25.0, 25.0)], "WER %") in page
+
+
+def test_a_judge_that_the_table_does_not_know_has_a_column_and_a_plot_of_its_own(tmp_path: Path):
+    judges = [SignalConfig(), HttpJudgeConfig(name="wer", url="http://localhost:1")]
+    metrics = metrics_of(judges)
+    assert [metric.key for metric in metrics if metric not in METRICS] == ["own_wer"]
+    before = judged([1.0, 2.0]).append_column("wer", pa.array([3.0, 4.0]))
+    after = judged([1.0, 2.0]).append_column("wer", pa.array([5.0, 7.0]))
+    first, second = (summarise(n, t, 20, metrics) for n, t in (("a", before), ("b", after)))
+    assert first.estimates["own_wer"].value == pytest.approx(3.5)
+    assert first.estimates["wer"].value == pytest.approx(3 / 8)  # a user's judge took no place
+    changes = {"b": compare(before, after, 20, metrics)}
+    assert changes["b"]["own_wer"].value == pytest.approx(2.5)
+    head, *rows = table_rows([first, second], changes)
+    assert head == ["system", "prompts", "WER %", "stopped %", "wer"]
+    assert [row[-1].partition(" ")[0] for row in rows] == ["3.50", "6.00", "+2.50"]
+    write_report(inputs_of([first, second], changes), tmp_path / "report.html")
+    assert 'aria-label="wer, system by system"' in (tmp_path / "report.html").read_text()
+
+
+def test_a_reward_model_and_a_bare_likelihood_are_judges_too():
+    judges = [
+        RewardModelJudgeConfig(path=Path("rm")),
+        RecogniserConfig(model="base", role="eval", transcribe=False),
+        SpeakerConfig(),
+    ]
+    own = [metric.label for metric in metrics_of(judges) if metric not in METRICS]
+    assert own == ["reward_model", "eval_text_logprob"]
+    transcribing = RecogniserConfig(model="base", role="eval")
+    assert metrics_of([transcribing]) == METRICS  # it has its columns there
+
+
+def test_the_report_of_a_run_shows_the_judges_of_its_recipe(tmp_path: Path):
+    judge = {"kind": "http", "name": "far", "url": "http://localhost:1"}
+    values = {"run_dir": tmp_path, "evaluation": {"judges": [judge], "num_resamples": 20}}
+    values |= dict.fromkeys(("golden", "policy", "nar"), "nowhere")
+    values |= {"pairing": {"kinds": ["golden"]}}
+    for name, far in (("iteration-0/evaluation", 1.0), ("iteration-1/evaluation", 3.0)):
+        table = judged([1.0, 2.0]).append_column("far", pa.array([far, far]))
+        with committed_folder(tmp_path / name, {}) as partial:
+            pq.write_table(table, partial / SCORED)
+    write_run_report(AlignConfig.model_validate(values))
+    head, *_, difference = [
+        line.split("|") for line in (tmp_path / "result.md").read_text().splitlines()
+    ]
+    assert head[-2].strip() == "far"
+    assert difference[-2].strip() == "+2.00 [+2.00, +2.00]"

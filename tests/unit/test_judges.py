@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,10 +133,24 @@ def test_dnsmos_hears_a_short_clip_in_one_window(monkeypatch: pytest.MonkeyPatch
 
     heard: list[int] = []
 
-    def count(wave_N: np.ndarray, sample_rate_hz: int) -> dict[str, float]:
+    def count(wave_N: np.ndarray, *_: object, **__: object) -> dict[str, float]:
         heard.append(len(wave_N))
         return {"ovrl_mos": 3.0}
 
-    monkeypatch.setattr(judge, "_run", count)
+    monkeypatch.setattr(judge, "_model", count)
     judge.judge([a_clip(noise[:32_000])])  # the package would hear eight
     assert heard == [144_160]
+
+
+def test_the_networks_of_dnsmos_keep_to_their_threads(monkeypatch: pytest.MonkeyPatch):
+    import onnxruntime
+
+    opened: list[tuple[str, int]] = []
+
+    class Session:
+        def __init__(self, path: Path, options: Any, **_: object) -> None:
+            opened.append((path.name, options.intra_op_num_threads))
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    build_judge(DnsMosConfig(num_threads=3))
+    assert opened == [("sig_bak_ovr.onnx", 3), ("model_v8.onnx", 3)]

@@ -43,7 +43,9 @@ def test_truncation_is_measured_whoever_judges():
 
 
 def test_a_measure_of_no_judge_is_refused_with_those_that_there_are():
-    message = "'yours' is measured by no judge of this recipe; measured are mine, truncated"
+    message = (
+        "reward.terms uses 'yours', which is measured by no judge in `judges`; available: mine"
+    )
     with pytest.raises(ValueError, match=message):
         a_recipe([TOKENS], ["yours"])
 
@@ -120,3 +122,48 @@ def test_a_recogniser_has_the_role_of_its_place(place: str, role: str):
     golden = {"judges": [], "pairing": {"kinds": ["golden"]}}
     with pytest.raises(ValueError, match="needs role"):
         AlignConfig.model_validate(PATHS | golden | changes)
+
+
+SPEAKER = {"kind": "speaker"}
+SAME_AS_TOKENS = TOKENS | {"name": "other"}
+
+
+@pytest.mark.parametrize(
+    ("judge", "measure", "evaluating"),
+    [
+        (SPEAKER, "speaker_similarity", [SPEAKER]),
+        (SPEAKER, "speaker_similarity", [SPEAKER | {"num_threads": 2}]),
+        (TOKENS, "mine", [SAME_AS_TOKENS]),
+        (REMOTE, "far", [REMOTE | {"name": "near"}]),
+    ],
+)
+def test_a_policy_is_not_evaluated_by_its_reward_alone(
+    judge: Any, measure: str, evaluating: list[Any]
+):
+    with pytest.raises(ValueError, match="nothing but what makes the reward"):
+        a_recipe([judge], [measure], evaluation={"judges": evaluating})
+    a_recipe([judge], [measure], evaluation={"judges": [*evaluating, {"kind": "distillmos"}]})
+    a_recipe([judge], ["truncated"], evaluation={"judges": evaluating})  # it makes no reward now
+
+
+@pytest.mark.parametrize(
+    ("judge", "measure", "evaluating"),
+    [
+        (SIGNAL, "duration_ratio", SIGNAL),  # it measures the silence too
+        (TOKENS, "mine", TOKENS | {"target": "a.b:D"}),
+        (TOKENS, "mine", TOKENS | {"arguments": {"language": "de"}}),
+        (REMOTE, "far", REMOTE | {"url": "http://localhost:2"}),
+    ],
+)
+def test_another_measure_or_another_model_may_evaluate(judge: Any, measure: str, evaluating: Any):
+    a_recipe([judge], [measure], evaluation={"judges": [evaluating]})
+
+
+def test_an_evaluation_without_a_judge_is_refused():
+    with pytest.raises(ValueError, match=r"evaluation\.judges is empty"):
+        a_recipe([SIGNAL], ["duration_ratio"], evaluation={"judges": []})
+
+
+def test_two_judges_of_one_measure_are_refused():
+    with pytest.raises(ValueError, match="two judges both measure duration_ratio, silence_ratio"):
+        a_recipe([SIGNAL, SIGNAL], ["duration_ratio"])

@@ -1,22 +1,29 @@
 """A reward is of the tokens of an answer; the prompt's own and the padding do not count."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import nn
 
+from speechalign.artifacts import committed_folder
 from speechalign.config.judges import RewardModelJudgeConfig
 from speechalign.config.policy import ArConfig
+from speechalign.config.training import RewardModelConfig
 from speechalign.errors import ConfigError, CorruptArtifact, DataError
-from speechalign.evaluation.reward_model import calibration_points
-from speechalign.policy.answer_batch import collate_answers
+from speechalign.evaluation.reward_model import calibration_points, write_reward_report
+from speechalign.policy.answer_batch import AnswerBatch, collate_answers
 from speechalign.policy.ar import build_ar, save_ar
 from speechalign.policy.prompt_format import with_feedback
 from speechalign.policy.reward_model import RewardModel, load_reward_model, save_reward_model
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
-from speechalign.training.reward_model import pair_rewards
+from speechalign.rows import pairs_to_table
+from speechalign.training.preference import PAIRS
+from speechalign.training.reward_model import RewardTask, pair_rewards
 from speechalign.types import PairKind, PreferencePair
 
 VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)
@@ -160,3 +167,68 @@ def test_calibration_by_hand():
     assert points[0] == (0.5, 0.0, 1)
     assert points[-1] == (pytest.approx(0.75), 0.0, 1)
     assert calibration_points([1.0986123])[-1] == (pytest.approx(0.75), 1.0, 1)
+
+
+def test_the_page_says_what_the_model_is_and_shows_its_plots(tmp_path: Path):
+    facts = {"pairs of <a>": "90 % & more", "num_steps": 600}
+    margins = {"golden": [1.0, -0.5], "ranked": [0.25]}
+    write_reward_report(facts, margins, [{"step": 1, "loss": 0.7}], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert '<th scope="row">pairs of &lt;a&gt;</th><td>90 % &amp; more</td>' in page
+    assert "<td>600</td>" in page
+    assert page.count("<svg") == 3  # margins, calibration, loss
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+class Worths(nn.Module):
+    """Rewards an answer by its first token."""
+
+    def __init__(self, worths: dict[int, float]) -> None:
+        super().__init__()
+        values_V = torch.zeros(VOCABULARY.size)
+        for token, worth in worths.items():
+            values_V[token] = worth
+        self.worth_V = nn.Parameter(values_V)
+
+    def forward(self, batch: AnswerBatch) -> torch.Tensor:
+        first_B = batch.answer_mask_BS.int().argmax(1)
+        return self.worth_V[batch.input_ids_BS[torch.arange(len(first_B)), first_B]]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "loss", "slope"),
+    [
+        (2.0, 1.0, 0.3132617, 0.2689414),  # ln(1 + 1/e), and sigmoid(-1)
+        (0.0, 3.0, 3.0485874, 0.9525741),  # ln(1 + e^3), and sigmoid(3)
+        (1.5, 1.5, 0.6931472, 0.5),
+    ],
+)
+def test_bradley_terry_by_hand(
+    tmp_path: Path, chosen: float, rejected: float, loss: float, slope: float
+):
+    pairs = [replace(a_pair(PROMPT), pair_id=f"p{i}", prompt_id=f"p{i}") for i in range(12)]
+    with committed_folder(tmp_path / "pairs", {}) as partial:
+        pq.write_table(pairs_to_table(pairs), partial / PAIRS)
+    ar = build_ar(ArConfig(num_layers=1, hidden_size=32, num_heads=2), VOCABULARY)
+    facts = {"codec_fingerprint": "f", "policy_version": 0, "prefix_frames": 4}
+    save_ar(tmp_path / "ar", ar, VOCABULARY, facts)
+    config = RewardModelConfig(
+        policy=tmp_path / "ar",
+        pairs=(tmp_path / "pairs",),
+        output=tmp_path / "rm",
+        num_steps=1,
+        rows_per_step=4,
+        heldout_share=0.2,
+    )
+    task, model = RewardTask(config), Worths({ANSWER[0]: chosen, 11: rejected})
+    total, count = task.loss(model, [0, 1, 2, 3], 0)
+    assert (total.item(), count.item()) == (pytest.approx(4 * loss), 4.0)
+    total.backward()
+    assert model.worth_V.grad is not None
+    assert float(model.worth_V.grad[ANSWER[0]]) == pytest.approx(-4 * slope)  # rises, as loss falls
+    assert float(model.worth_V.grad[11]) == pytest.approx(4 * slope)
+    assert task.heldout(model) == {
+        "heldout_loss": pytest.approx(loss),
+        "heldout_accuracy": float(chosen > rejected),
+        "heldout_margin": pytest.approx(chosen - rejected),
+    }

@@ -1,14 +1,18 @@
 import json
+import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
 
 from speechalign.artifacts import committed_folder
+from speechalign.config.align import AlignConfig
 from speechalign.config.base import Config
+from speechalign.config.load import load_config
 from speechalign.errors import ConfigError, CorruptArtifact, DataError, RunLocked
-from speechalign.pipeline.run_directory import open_run
+from speechalign.pipeline.run_directory import changed_settings, open_run
 
 
 class Told(Config):
@@ -105,8 +109,116 @@ def test_after_a_reboot_a_process_of_the_same_number_does_not_hold_the_lock(tmp_
 def test_another_config_is_refused_with_what_changed(tmp_path: Path):
     with open_run(tmp_path, Told()) as run:
         run.stage("pairs", write_number)
-    refused = pytest.raises(ConfigError, match=r"beta: was 0\.1, now 0\.2")
-    with refused, open_run(tmp_path, Told(beta=0.2)):
+    with pytest.raises(ConfigError) as refused, open_run(tmp_path, Told(beta=0.2)):
+        pass
+    assert str(refused.value) == (
+        f"{tmp_path} was started with another config:\n"
+        "  beta: was 0.1, now 0.2\n"
+        f"Use the old settings to resume (they are in {tmp_path}/config.yaml), or choose another "
+        "run_dir."
+    )
+
+
+def recipe_values(**overrides: object) -> dict[str, Any]:
+    """Return a whole recipe with two iterations of the same prompts."""
+    chosen = {"pipeline.iterations": 2, "pipeline.prompts": "same"} | overrides
+    texts = [f"{key}={json.dumps(value)}" for key, value in chosen.items()]
+    config = load_config(AlignConfig, Path("jobs/align-embedded-cpu.yaml"), texts)
+    return config.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pools.sample.num_actors", 7),
+        ("pools.sample.batch_size", 7),
+        ("pools.render.num_cpus", 0.7),
+        ("pools.render.label_selector", {"zone": "a"}),
+        ("judges.0.pool.batch_size", 7),
+        ("judges.0.num_threads", 7),
+        ("evaluation.judges.1.pool.num_actors", 7),
+        ("evaluation.judges.1.num_threads", 7),
+        ("engine.num_threads", 7),
+        ("engine.kv_cache_mib", 7),
+        ("engine.max_num_seqs", 7),
+        ("rendering.num_threads", 7),
+        ("training.workers.cpus_per_worker", 0.7),
+        ("training.workers.gpus_per_worker", 0.7),
+        ("training.workers.max_failures", 7),
+        ("training.workers.label_selector", {"zone": "a"}),
+        ("evaluation.num_players", 7),
+        ("pipeline.iterations", 3),
+    ],
+)
+def test_a_run_may_go_on_elsewhere_or_for_longer(key: str, value: object):
+    changed = changed_settings(recipe_values(), recipe_values(**{key: value}), is_finished=False)
+    assert changed.refused == ()
+    assert len(changed.allowed) == 1
+    assert changed.allowed[0].startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 7),
+        ("sampling.samples_per_prompt", 7),
+        ("engine.max_model_len", 777),
+        ("engine.dtype", "bf16"),
+        ("rendering.num_levels", 2),
+        ("judges.0.beam_size", 7),
+        ("evaluation.prompts.num_prompts", 7),
+        ("training.loss.beta", 0.7),
+        ("training.workers.num_workers", 1),
+        ("pipeline.iterations", 1),
+    ],
+)
+def test_a_run_does_not_go_on_with_what_would_make_something_else(key: str, value: object):
+    changed = changed_settings(recipe_values(), recipe_values(**{key: value}), is_finished=False)
+    assert changed.allowed == ()
+    assert [line.partition(":")[0] for line in changed.refused] == [key]
+
+
+def test_an_argument_of_a_users_judge_is_no_placement():
+    def values(threads: int) -> dict[str, Any]:
+        own = {"kind": "python", "arguments": {"num_threads": threads, "pool": {"x": threads}}}
+        return {"judges": [own]}
+
+    changed = changed_settings(values(1), values(2), is_finished=False)
+    assert (len(changed.allowed), len(changed.refused)) == (0, 2)
+
+
+@pytest.mark.parametrize(("prompts", "is_finished"), [("fresh", False), ("same", True)])
+def test_iterations_are_not_raised_where_all_were_counted_on(prompts: str, is_finished: bool):
+    earlier = recipe_values(**{"pipeline.prompts": prompts})
+    now = recipe_values(**{"pipeline.prompts": prompts, "pipeline.iterations": 3})
+    changed = changed_settings(earlier, now, is_finished=is_finished)
+    assert changed.refused == ("pipeline.iterations: was 2, now 3",)
+
+
+class Placed(Config):
+    beta: float = 0.1
+    pools: dict[str, int] = Field(default_factory=dict[str, int])
+
+
+def test_a_resume_with_smaller_pools_says_so_and_is_recorded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with open_run(tmp_path, Placed(pools={"sample": 4})) as run:
+        run.stage("pairs", write_number)
+    with caplog.at_level(logging.INFO), open_run(tmp_path, Placed(pools={"sample": 2})):
+        pass
+    assert "another setting: pools.sample: was 4, now 2" in caplog.text
+    assert "sample: 2" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_run_with_its_best_policy_counts_as_finished(tmp_path: Path):
+    class Turns(Config):
+        pipeline: dict[str, Any]
+
+    with open_run(tmp_path, Turns(pipeline={"prompts": "same", "iterations": 1})) as run:
+        run.stage("best", write_number)
+    more = Turns(pipeline={"prompts": "same", "iterations": 2})
+    with pytest.raises(ConfigError, match="iterations: was 1, now 2"), open_run(tmp_path, more):
         pass
 
 

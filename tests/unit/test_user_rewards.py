@@ -163,7 +163,7 @@ def always(status: int, content: bytes = b"") -> Answer:
 
 @contextmanager
 def a_server(
-    answer: Answer, headers: Mapping[str, str] = MappingProxyType({})
+    answer: Answer, headers: Mapping[str, str] = MappingProxyType({}), *, pause_s: float = 0.0
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     requests: list[dict[str, Any]] = []
 
@@ -177,8 +177,11 @@ def a_server(
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
-            except BrokenPipeError:  # the client did not wait
+                size = 1 if pause_s else max(1, len(content))
+                for first in range(0, len(content), size):
+                    self.wfile.write(content[first : first + size])
+                    time.sleep(pause_s)
+            except (BrokenPipeError, ConnectionResetError):  # the client did not wait
                 pass
 
         def log_message(self, format: str, *args: object) -> None:
@@ -271,6 +274,13 @@ def test_a_server_that_does_not_answer_in_time_is_missing():
         (found,) = judged(url, 1, timeout_s=0.05, max_retries=0)
     assert isinstance(found, Unmeasured)
     assert "ReadTimeout" in found.reason
+
+
+def test_an_answer_that_comes_byte_by_byte_must_end_in_time_too():
+    with a_server(always(200, rewards(1.0)), pause_s=0.1) as (url, _):
+        (found,) = judged(url, 1, timeout_s=0.5, max_retries=0)
+        assert found == Unmeasured("remote: ReadTimeout the answer did not end in time")
+        assert judged(url, 1, timeout_s=30.0) == [{"remote": 1.0}]
 
 
 def test_a_server_that_is_not_there_is_missing():
