@@ -93,7 +93,7 @@ class HttpJudgeConfig(JudgeBase):
     batch_size: int = Field(default=8, gt=0)
     """Samples a request."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """To connect, and between two pieces of an answer."""
+    """To connect, and for the whole answer."""
     max_retries: int = Field(default=3, ge=0)
     """Of a request that was not answered, or with 429 or 5xx."""
     backoff_s: float = Field(default=1.0, ge=0)

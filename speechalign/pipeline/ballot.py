@@ -15,7 +15,7 @@ from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.sample import listening_stages
 from speechalign.preferences.ballots import Comparison, choose_comparisons
 from speechalign.rows import NOT_RENDERED, SAMPLE, Row, sample_from_row
-from speechalign.sampling.pipeline import SCORED, stream
+from speechalign.sampling.pipeline import SCORED, errors_of_actors, stream
 from speechalign.types import Sample
 
 TEMPLATE = "ballot.html.j2"
@@ -73,8 +73,9 @@ def _heard(
     asked = {_key(s) for c in comparisons for s in (c.first, c.second)}
     keys = zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True)
     chosen = table.filter(pa.array([key in asked for key in keys]))
-    with connected():
-        rows: list[Any] = stream(chosen, listening_stages(config, config.policy, ())).take_all()
+    stages = listening_stages(config, config.policy, ())
+    with connected(), errors_of_actors(stages):
+        rows: list[Any] = stream(chosen, stages).take_all()
     return {
         (row["prompt_id"], row["sample_index"]): row
         for row in rows

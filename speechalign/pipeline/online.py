@@ -6,7 +6,6 @@ prompts -> RolloutStage -> RenderStage -> a pool per judge -> shards of the Ray 
 """
 
 import logging
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow as pa
 from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.config.online_training import OnlineTrainingConfig
-from speechalign.errors import ConfigError, Diverged
+from speechalign.errors import ConfigError
 from speechalign.pipeline.sample import judging_stages, training_prompts
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
@@ -30,7 +29,13 @@ from speechalign.sampling.pipeline import rollout_stage, stream_blocks
 from speechalign.sampling.rollouts import Sampler, plan_rollouts
 from speechalign.seeds import derive_seed
 from speechalign.training.launch import run_workers
-from speechalign.training.online import ROLLOUTS, OnlineJob, OnlinePaths, finished_steps
+from speechalign.training.online import (
+    ALL_STEPS_DONE,
+    ROLLOUTS,
+    OnlineJob,
+    OnlinePaths,
+    finished_steps,
+)
 from speechalign.training.online_base import OnlineTask
 
 if TYPE_CHECKING:
@@ -39,8 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_PROBES = 4
-ALL_STEPS_DONE, NOT_FINITE = "all steps done", "not a number"
-"""How training.online words that nothing stopped it, and that the loss did."""
 
 
 def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> None:
@@ -99,27 +102,14 @@ def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> Non
 
 
 def say_why_it_ended(paths: OnlinePaths) -> None:
-    """Log how a training ended: its workers know, and nobody sees their logs.
-
-    Where the loss was to blame and no step is better than the start, there is no result: the
-    policy is put aside, or the next command would go on with it.
-
-    Raises:
-        Diverged: that is so.
-    """
+    """Log how a training ended: its workers know, and nobody sees their logs."""
     facts = manifest_facts(paths.output)
-    reason, best = facts["stop_reason"], facts["best_step"]
-    if NOT_FINITE in reason and not best:
-        aside = paths.work / "diverged"
-        shutil.rmtree(aside, ignore_errors=True)
-        paths.output.rename(aside)
-        raise Diverged(f"online training ended before anything was better than its start: {reason}")
     logger.log(
-        logging.INFO if reason == ALL_STEPS_DONE else logging.WARNING,
+        logging.INFO if facts["stop_reason"] == ALL_STEPS_DONE else logging.WARNING,
         "online training ended after %d steps: %s; the new policy is that of step %d",
         facts["num_steps"],
-        reason,
-        best,
+        facts["stop_reason"],
+        facts["best_step"],
     )
 
 

@@ -36,7 +36,7 @@ from speechalign.policy.reward_model import load_reward_model
 from speechalign.resources import possible_resources
 from speechalign.rows import GOLDEN, NOT_RENDERED, RENDERED, waveform_from_pcm
 from speechalign.sampling import rollouts
-from speechalign.sampling.pipeline import SECONDS, stream
+from speechalign.sampling.pipeline import SECONDS, errors_of_actors, stream
 from speechalign.sampling.pipeline import check_resources as check_pools
 from speechalign.sampling.prompts import admit_prompts, build_prompts
 from speechalign.sampling.stages import RENDER_SECONDS, SAMPLE_SECONDS
@@ -160,7 +160,8 @@ def say_something(config: AlignConfig, path: Path) -> str:
     admitted = admit_prompts(prompts, vocabulary, facts, max_prompt_tokens=10_000)
     with connected():
         stages = speaking_stages(config, config.policy, ())
-        (row, *_) = stream(admitted.prompts, stages).take_all()
+        with errors_of_actors(stages):
+            (row, *_) = stream(admitted.prompts, stages).take_all()
     wave_N = waveform_from_pcm(row["waveform_pcm"])
     sf.write(path, wave_N, row["sample_rate_hz"])
     loudness = float(np.abs(wave_N).max()) if len(wave_N) else 0.0

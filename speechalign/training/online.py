@@ -27,7 +27,7 @@ from speechalign.artifacts import (
     verify_folder,
     write_json_atomically,
 )
-from speechalign.errors import BudgetExceeded, StaleRollouts, Stopped
+from speechalign.errors import BudgetExceeded, Diverged, StaleRollouts, Stopped
 from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import load_ar, save_ar
 from speechalign.policy.logprobs import answer_logprobs
@@ -52,6 +52,8 @@ logger = logging.getLogger(__name__)
 ROLLOUTS = "rollouts"
 """The name of the dataset shard."""
 STATE = "state.json"
+ALL_STEPS_DONE = "all steps done"
+"""The reason of a training that nothing stopped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,14 +154,19 @@ class OnlineTrainer:
             else PolicyGradient(job.task, self._policy, self._critic)
         )
         self._progress = Progress()
-        self._stop_reason = "all steps done"
+        self._stop_reason = ALL_STEPS_DONE
+        self._has_diverged = False
         self._busy: list[tuple[float, float]] = []
         self._idle_share = 0.0
         self._versions = PolicyVersions(job.paths.versions)
         self._resume()
 
     def run(self, blocks: Iterable[pa.Table]) -> None:
-        """Learn from one block after another until the last, or until a guard says stop."""
+        """Learn from one block after another until the last, or until a guard says stop.
+
+        Raises:
+            Diverged: a loss was not finite before anything was better than the start.
+        """
         config, started_s = self._config, time.time()
         first = self._progress.step
         writes = world()[0] == 0
@@ -190,6 +197,8 @@ class OnlineTrainer:
         logger.info(
             "online training stopped at step %d: %s", self._progress.step, self._stop_reason
         )
+        if self._has_diverged and not self._progress.looks.best_step:
+            raise Diverged(f"{self._stop_reason}; nothing before it was better than the start")
 
     def commit(self) -> None:
         """Make the best version the new policy."""
@@ -271,6 +280,7 @@ class OnlineTrainer:
         try:
             values |= self._learner.learn(block.learned, block.step)
         except NotFinite as error:
+            self._has_diverged = True
             return f"step {block.step}: {error}; lower training.engine.learning_rate"
         learned_s = time.time()
         self._progress.step = block.step + 1

@@ -1,11 +1,10 @@
-"""What the driver says of an online training that has ended, and what it does not accept."""
+"""What the driver says of an online training that has ended."""
 
 from pathlib import Path
 
 import pytest
 
 from speechalign.artifacts import committed_folder, is_committed
-from speechalign.errors import Diverged
 from speechalign.pipeline.online import say_why_it_ended
 from speechalign.training.online import OnlinePaths
 
@@ -15,7 +14,6 @@ NOT_A_NUMBER = "step 3: the critic's loss is not a number; lower training.engine
 def ended(folder: Path, reason: str, best_step: int) -> OnlinePaths:
     paths = OnlinePaths(policy=folder, reference=folder, output=folder / "policy")
     facts = {"stop_reason": reason, "best_step": best_step, "num_steps": 3}
-    paths.work.mkdir(exist_ok=True)
     with committed_folder(paths.output, facts):
         pass
     return paths
@@ -41,11 +39,3 @@ def test_the_reason_is_told_and_the_policy_kept(
         f"online training ended after 3 steps: {reason}; the new policy is that of step {best_step}"
     )
     assert is_committed(paths.output)
-
-
-def test_a_loss_that_is_no_number_before_anything_was_gained_leaves_no_policy(tmp_path: Path):
-    for _ in range(2):
-        paths = ended(tmp_path, NOT_A_NUMBER, 0)
-        with pytest.raises(Diverged, match="before anything was better than its start: step 3"):
-            say_why_it_ended(paths)
-        assert not paths.output.exists()

@@ -372,16 +372,16 @@ def test_a_guard_stops_the_run_and_the_best_is_kept(stack: TinyStack, tmp_path: 
     assert_it_is_the_start(run, stack)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_the_best_is_kept(
+def test_a_loss_that_is_no_number_before_anything_was_gained_is_no_success(
     stack: TinyStack, tmp_path: Path
 ):
     def infinite(rows: Sequence[Row]) -> list[Score]:
         return [Measured(float("inf") if i else 0.0) for i, _ in enumerate(rows)]
 
     run = Run(stack, tmp_path, a_config(), rewards=infinite)
-    run.train().commit()
-    assert "not a number" in verify_folder(run.paths.output)["stop_reason"]
-    assert_it_is_the_start(run, stack)
+    with pytest.raises(Diverged, match=r"step 0: .* not a number; .*better than the start"):
+        run.train()
+    assert not run.paths.output.exists()
 
 
 def test_versions_that_nobody_needs_are_removed_but_the_best_stays(
