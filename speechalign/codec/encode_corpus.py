@@ -22,7 +22,7 @@ from speechalign.codec.embedded import EmbeddedCodec
 from speechalign.config.codec import EncodeCorpusConfig
 from speechalign.rows import GOLDEN
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def encode_corpus(config: EncodeCorpusConfig) -> Path:
@@ -49,7 +49,7 @@ def encode_corpus(config: EncodeCorpusConfig) -> Path:
     unfinished = config.out_file.with_name(f".{config.out_file.name}.partial")
     pq.write_table(table, unfinished, compression="zstd", compression_level=19)
     unfinished.replace(config.out_file)
-    _log.info("%s: %d clips of %d", config.out_file, len(table), len(corpus.clips))
+    logger.info("%s: %d clips of %d", config.out_file, len(table), len(corpus.clips))
     return config.out_file
 
 

@@ -28,7 +28,7 @@ from speechalign.config.codec import CodecTrainingConfig, PhaseConfig
 from speechalign.errors import Diverged
 from speechalign.seeds import derive_seed
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _REVIVE_EVERY_STEPS = 50
 _MAX_GRAD_NORM = 5.0
@@ -43,7 +43,7 @@ def train_codec(config: CodecTrainingConfig) -> Path:
     model = EmbeddedModel(config.model)
     heads = ContentHeads(config.model, config.teacher_dim)
     _measure_statistics(config, corpus, model, heads)
-    _log.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    logger.info("%.2f million parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     trainer = _Trainer(config, corpus)
 
     trainer.run("content", ContentPhase(model, heads), config.content)
@@ -54,7 +54,7 @@ def train_codec(config: CodecTrainingConfig) -> Path:
     round_to_half(model)
     finished = config.out_dir / "codec"
     save_embedded(model.eval(), finished)
-    _log.info("the codec is in %s", finished)
+    logger.info("the codec is in %s", finished)
     return finished
 
 
@@ -139,7 +139,7 @@ class _Checkpoint:
         self._optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         self._rng.bit_generator.state = json.loads(state["numpy_rng"])
-        _log.info("%s: resumed after step %d", self._path.stem, state["step"])
+        logger.info("%s: resumed after step %d", self._path.stem, state["step"])
         return int(state["step"])
 
 
@@ -163,7 +163,7 @@ class _Meter:
         record = {"phase": self._phase, "step": step, "elapsed_s": elapsed_s, **means}
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        _log.info("%s %d/%d in %.1f s: %s", self._phase, step, num_steps, elapsed_s, means)
+        logger.info("%s %d/%d in %.1f s: %s", self._phase, step, num_steps, elapsed_s, means)
         self._sums.clear()
         self._since = time.monotonic()
 
@@ -209,7 +209,7 @@ def _measure_statistics(
 ) -> None:
     rng = np.random.default_rng(derive_seed(config.seed, "codec", "statistics"))
     sampler = _sampler(config, corpus, rng)
-    _log.info("sources are drawn at %s", {k: round(v, 3) for k, v in sampler.share.items()})
+    logger.info("sources are drawn at %s", {k: round(v, 3) for k, v in sampler.share.items()})
     batch = sampler.draw(1000)
     augment = PseudoSpeakers(config.augment, config.model.num_features)
     features_ND = augment(batch.features_BFD).flatten(0, 1)

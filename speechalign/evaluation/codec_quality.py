@@ -35,7 +35,7 @@ from speechalign.judges.base import Judge
 from speechalign.judges.build import build_judge
 from speechalign.types import Clip, Unmeasured
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Wave = NDArray[np.float32]
 
@@ -93,7 +93,7 @@ def measure_codec(
         clips = [_clip(item, treat(index)) for index, item in enumerate(spoken)]
         measured = [_measure(judge, clips) for judge in judges]
         table[name] = {key: value for part in measured for key, value in part.items()}
-        _log.info("%s: %s", name, table[name])
+        logger.info("%s: %s", name, table[name])
     return table
 
 

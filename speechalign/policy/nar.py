@@ -116,8 +116,7 @@ class Nar:
 
         Args:
             level1s: codes_T of each row; lengths may differ.
-            speakers_KT: the speaker prompt of each row, all of at least `speaker_frames` frames
-                or all shorter ones of one length.
+            speakers_KT: the speaker prompt of each row; beyond `speaker_frames` it is not read.
             num_levels: levels to return, level 1 included.
 
         Raises:

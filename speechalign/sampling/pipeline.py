@@ -47,7 +47,7 @@ from speechalign.sampling.actor_face import ActorFace
 from speechalign.sampling.rollouts import RolloutStage, Sampler
 from speechalign.sampling.stages import RenderStage, SampleStage
 
-LOGGER = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 SCORED = "scored.parquet"
 QUARANTINED = "quarantine.parquet"
 MAX_NOT_RENDERED = 0.05
@@ -233,7 +233,7 @@ def sample_and_judge(
             reason = tally.dropped[0]["reason"] if tally.dropped else "there was no prompt"
             raise DataError(f"every row was dropped on the way to {folder}; first: {reason}")
         facts |= tally.facts(stages) | {"wall_seconds": time.perf_counter() - started}
-    LOGGER.info("%s: %s", folder.name, time_split(facts))
+    logger.info("%s: %s", folder.name, time_split(facts))
     return facts
 
 
@@ -279,7 +279,7 @@ class _Tally:
             lengths: Any = pc.binary_length(batch["waveform_pcm"])
             self.counts["empty"] += _sum(pc.equal(lengths, pa.scalar(0, lengths.type)))
         self.counts["rows"] += batch.num_rows
-        LOGGER.info("%d rows so far", self.counts["rows"])
+        logger.info("%d rows so far", self.counts["rows"])
         self.counts["truncated"] += _sum(batch["is_truncated"])
         self.counts["tokens"] += _sum(pc.list_value_length(batch["token_ids"]))
         return batch
@@ -321,9 +321,9 @@ def errors_of_actors(stages: Sequence[Stage]) -> Generator[None]:
         SpeechalignError: what a stage raised.
         EngineDead: an actor of a stage died, and its replacements too.
     """
-    logger = logging.getLogger("ray.data.exceptions")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    rays_logger = logging.getLogger("ray.data.exceptions")
+    level = rays_logger.level
+    rays_logger.setLevel(logging.CRITICAL)
     try:
         yield
     except RayTaskError as error:
@@ -340,7 +340,7 @@ def errors_of_actors(stages: Sequence[Stage]) -> Generator[None]:
             "/tmp/ray/session_latest/logs/worker-*.err"
         ) from error
     finally:
-        logger.setLevel(level)
+        rays_logger.setLevel(level)
 
 
 def _sum(column: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from speechalign.artifacts import committed_folder
 from speechalign.pipeline.ballot import write_ballot
 from speechalign.pipeline.votes import write_votes
+from speechalign.policy.ar import VOCABULARY
+from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.sampling.pipeline import SCORED
 from speechalign.training.preference import read_pairs
 from tests.ray.conftest import FinishedRun
@@ -25,14 +28,23 @@ COMPARISON = re.compile(
 )
 
 
-def with_ended_answers(finished: FinishedRun, folder: Path) -> Path:
-    """Let the samples end by themselves: a policy of random weights seldom does."""
+def with_speech(stack: TinyStack, finished: FinishedRun, folder: Path) -> Path:
+    """Let the samples be whole frames and end: a policy of random weights seldom says such."""
     table = pq.read_table(finished.folder / "iteration-1" / "scored" / SCORED)
-    index = table.column_names.index("is_truncated")
-    ended = pa.array([False] * len(table))
+    layout = Vocabulary.load(stack.ar / VOCABULARY).layout
+    rng = np.random.default_rng(0)
+    answers = [[*layout.flatten(rng.integers(0, 16, (1, 12))), EOS_ID] for _ in range(len(table))]
+    columns = {
+        "token_ids": answers,
+        "logprobs": [[-0.5] * len(answer) for answer in answers],
+        "is_truncated": [False] * len(table),
+    }
+    for name, values in columns.items():
+        field = table.schema.field(name)
+        column = pa.array(values, field.type)
+        table = table.set_column(table.column_names.index(name), field, column)
     with committed_folder(folder, {"kind": "scored"}) as partial:
-        field = table.schema.field("is_truncated")
-        pq.write_table(table.set_column(index, field, ended), partial / SCORED)
+        pq.write_table(table, partial / SCORED)
     return folder
 
 
@@ -41,7 +53,7 @@ def test_the_samples_of_a_run_are_heard_on_the_page_and_its_votes_make_pairs(
 ):
     page = tmp_path / "ballot.html"
     config = tiny_recipe(stack, tmp_path / "run")
-    scored = with_ended_answers(finished, config.run_dir / "iteration-1" / "scored")
+    scored = with_speech(stack, finished, config.run_dir / "iteration-1" / "scored")
     said = write_ballot(config, page, iteration=1, count=5)
     assert said.startswith(f"5 comparisons: {page}\n")
     rows = pq.read_table(scored / SCORED).to_pylist()

@@ -24,13 +24,14 @@ def main(arguments: list[str]) -> int:
     contexts = [part.removeprefix(CONTEXT) for part in arguments if part.startswith(CONTEXT)]
     context = json.loads(contexts[0] if contexts else "{}")
     folder = folder_of(context)
+    rest = [part for part in arguments if not part.startswith((CONTEXT, "--language="))]
+    if not rest[0].endswith(".py"):  # `-m` and a module: another process that Ray sets up so
+        become_usual_worker(arguments)
     with socket.socket(socket.AF_UNIX) as server:
         if folder is None or server.connect_ex(os.environ["SPEECHALIGN_WARM_WORKERS"]):
             become_usual_worker(arguments)
         request = {
-            "arguments": [
-                part for part in arguments if not part.startswith((CONTEXT, "--language="))
-            ],
+            "arguments": rest,
             "environment": dict(os.environ) | context.get("env_vars", {}),
             "folder": folder,
         }
