@@ -1,5 +1,7 @@
 """A page to vote on: its sounds are the samples, and its votes become pairs."""
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile as sf
 
 from speechalign.artifacts import committed_folder
 from speechalign.pipeline.ballot import write_ballot
@@ -21,6 +24,7 @@ from tests.tiny_stack import TinyStack, tiny_recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
+FRAMES_PER_SECOND = 50
 COMPARISON = re.compile(
     r'<fieldset data-prompt="(?P<prompt_id>[^"]+)" data-a="(?P<a>\d+)" data-b="(?P<b>\d+)">.*?'
     r"“(?P<text>[^”]+)”(?P<sounds>.*?)</fieldset>",
@@ -33,7 +37,9 @@ def with_speech(stack: TinyStack, finished: FinishedRun, folder: Path) -> Path:
     table = pq.read_table(finished.folder / "iteration-1" / "scored" / SCORED)
     layout = Vocabulary.load(stack.ar / VOCABULARY).layout
     rng = np.random.default_rng(0)
-    answers = [[*layout.flatten(rng.integers(0, 16, (1, 12))), EOS_ID] for _ in range(len(table))]
+    answers = [  # all of another length, so that each can be told by its sound
+        [*layout.flatten(rng.integers(0, 16, (1, 8 + row))), EOS_ID] for row in range(len(table))
+    ]
     columns = {
         "token_ids": answers,
         "logprobs": [[-0.5] * len(answer) for answer in answers],
@@ -61,9 +67,12 @@ def test_the_samples_of_a_run_are_heard_on_the_page_and_its_votes_make_pairs(
     asked = [found.groupdict() for found in COMPARISON.finditer(page.read_text())]
     assert len(asked) == 5
     for one in asked:
-        assert samples[one["prompt_id"], int(one["a"])]["text"] == one["text"]
-        first, second = re.findall(r"data:audio/flac;base64,([^\"]+)", one["sounds"])
-        assert first != second
+        sounds = re.findall(r"data:audio/flac;base64,([^\"]+)", one["sounds"])
+        for side, sound in zip("ab", sounds, strict=True):
+            sample = samples[one["prompt_id"], int(one[side])]
+            assert sample["text"] == one["text"]
+            waveform_N, rate_hz = sf.read(io.BytesIO(base64.b64decode(sound)))
+            assert len(waveform_N) / rate_hz == (len(sample["token_ids"]) - 1) / FRAMES_PER_SECOND
     votes = tmp_path / "votes.jsonl"
     votes.write_text(
         "".join(
