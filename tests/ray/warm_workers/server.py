@@ -79,7 +79,7 @@ class Server:
         return None if pid else json.loads(payload)
 
     def leave(self, launcher: socket.socket) -> None:
-        """Be a server no more, and in a group of one's own, which Ray may kill."""
+        """Be a server no more, and in a group of one's own: Ray cleans up by process group."""
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
