@@ -1,7 +1,7 @@
 """The `speechalign` command: a recipe, overrides, and one verb.
 
 Most verbs take a YAML file and dotted overrides (`training.loss.beta=0.2`). Exit codes: 0 done,
-1 another failure, 2 a mistake in the config, 3 bad data, 4 training diverged, 130 `submit` left,
+1 another failure, 2 a mistake in the config, 3 bad data, 4 training diverged, 130 left by Ctrl-C,
 143 stopped by SIGTERM (finished stages and a training's state are kept).
 """
 
@@ -343,8 +343,9 @@ def submit(  # noqa: PLR0913 - a command's flags are its parameters
     try:
         code = submission.run()
     except (KeyboardInterrupt, Stopped):
-        end = f"ray job stop --address {address} {submission.job}" if submission.job else "nothing"
-        err.print(f"speechalign: left; the job goes on, `{end}` ends it", soft_wrap=True)
+        err.print(
+            f"speechalign: left; {submission.when_left(address)}", soft_wrap=True, markup=False
+        )
         code = DETACHED_CODE
     raise typer.Exit(code)
 

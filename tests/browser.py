@@ -76,19 +76,29 @@ def open_browser(downloads: Path) -> Iterator[Browser]:
     assert DRIVER is not None
     port = free_port()
     driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
-        deadline = time.monotonic() + 60
-        while True:
+    options = {"args": FLAGS, "prefs": {"download.default_directory": str(downloads)}}
+    wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as http:
+            wait_for_driver(http)
+            answer = http.post("/session", json={"capabilities": wanted}).json()
+            session = answer["value"]["sessionId"]
             try:
-                http.get("/status")
-                break
-            except httpx.TransportError:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-        options = {"args": FLAGS, "prefs": {"download.default_directory": str(downloads)}}
-        wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
-        session = http.post("/session", json={"capabilities": wanted}).json()["value"]["sessionId"]
-        yield Browser(http, session)
-        http.delete(f"/session/{session}")
-    driver.terminate()
-    driver.wait(20)
+                yield Browser(http, session)
+            finally:
+                http.delete(f"/session/{session}")
+    finally:
+        driver.terminate()
+        driver.wait(20)
+
+
+def wait_for_driver(http: httpx.Client) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            http.get("/status")
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return

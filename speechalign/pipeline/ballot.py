@@ -11,6 +11,7 @@ from speechalign.config.align import AlignConfig
 from speechalign.config.load import config_hash
 from speechalign.errors import ConfigError, DataError
 from speechalign.evaluation.pages import sound_url, write_page
+from speechalign.locks import make_writable
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.sample import listening_stages
 from speechalign.preferences.ballots import Comparison, choose_comparisons
@@ -31,12 +32,13 @@ def write_ballot(config: AlignConfig, output: Path, *, iteration: int, count: in
         count: how many prompts.
 
     Raises:
-        ConfigError: the iteration has no judged samples, or `output` exists.
+        ConfigError: the iteration has no judged samples, or `output` exists or cannot be written.
         DataError: no prompt has two samples that can be compared and rendered.
     """
     scored = config.run_dir / f"iteration-{iteration}" / "scored"
     if output.exists():
         raise ConfigError(f"{output} exists; name another file, or remove it")
+    make_writable(output.parent)
     if not (scored / SCORED).is_file():
         raise ConfigError(f"{scored} holds no judged samples; `speechalign judge` makes them")
     verify_folder(scored)
@@ -58,7 +60,6 @@ def write_ballot(config: AlignConfig, output: Path, *, iteration: int, count: in
         "file": f"votes-{config.run_dir.name}-{iteration}.jsonl",
         "comparisons": items,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_page(TEMPLATE, values, output)
     return (
         f"{len(items)} comparisons: {output}\n"

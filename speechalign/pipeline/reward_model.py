@@ -14,7 +14,7 @@ from speechalign.pipeline.cluster import connected
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.training.metrics import read_metrics
 from speechalign.training.preference import read_pairs
-from speechalign.training.reward_model import MARGINS, batched_rewards
+from speechalign.training.reward_model import MARGINS, REPORT, batched_rewards
 from speechalign.training.sft import run_training, work_folder
 from speechalign.types import PreferencePair
 
@@ -61,7 +61,7 @@ def _right_of(pairs: Mapping[str, Sequence[PreferencePair]], folder: Path) -> di
 
 def _report(facts: Mapping[str, object], work: Path) -> Path:
     """Return the report; one that is there is kept: its folder may be read-only by now."""
-    report = work / "report.html"
+    report = work / REPORT
     if report.exists():
         return report
     margins: dict[str, list[float]] = defaultdict(list)

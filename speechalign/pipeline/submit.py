@@ -221,6 +221,12 @@ class Submission:
             self._wait(WAIT_AFTER_DEATH_S, num_lost)
             num_lost += 1
 
+    def when_left(self, address: str) -> str:
+        """Return what a person should know who does not wait for the end."""
+        if not self.job:
+            return "no job is known to be sent; the same command attaches to one that was"
+        return f"the job goes on, `ray job stop --address {address} {self.job}` ends it"
+
     def _follow(self) -> tuple[str, JobState]:
         client = self.connect()
         self.job = job = claim(client, self.request, followed=self.job)

@@ -32,6 +32,7 @@ from speechalign.types import PreferencePair
 
 MARGINS = "heldout_margins.parquet"
 """One row a held-out pair; what the plots are made of."""
+REPORT = "report.html"
 HELDOUT_BATCH = 16
 
 
@@ -94,7 +95,9 @@ class RewardTask:
         kinds = [str(pair.kind) for pair in self._heldout]
         table = pa.table({"kind": kinds, "margin": margins_N.tolist()})
         # First: a model that is there is finished, and its report must find them.
-        pq.write_table(table, folder.with_name(f"{folder.name}-work") / MARGINS)
+        work = folder.with_name(f"{folder.name}-work")
+        pq.write_table(table, work / MARGINS)
+        (work / REPORT).unlink(missing_ok=True)  # of a model that was here before
         save_reward_model(
             folder, reward_model, self._vocabulary, facts | own | _measured(margins_N)
         )

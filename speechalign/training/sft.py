@@ -156,8 +156,8 @@ def _refuse_other_checkpoint(config: TrainingConfig) -> None:
 
 
 def _changed(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in now.items():
-        former = before.get(name)
+    for name in sorted(now.keys() | before.keys()):
+        value, former = now.get(name), before.get(name)
         if isinstance(value, dict) and isinstance(former, dict):
             yield from (f"{name}.{part}" for part in _changed(value, former))
         elif value != former:

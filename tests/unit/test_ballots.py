@@ -45,3 +45,5 @@ def test_a_page_is_not_overwritten_and_a_run_must_have_samples(tmp_path: Path):
     (tmp_path / "ballot.html").touch()
     with pytest.raises(ConfigError, match="exists; name another file"):
         write_ballot(config, tmp_path / "ballot.html", iteration=1, count=1)
+    with pytest.raises(ConfigError, match="cannot be written"):  # before anything is rendered
+        write_ballot(config, tmp_path / "ballot.html" / "x.html", iteration=1, count=1)

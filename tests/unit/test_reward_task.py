@@ -11,7 +11,7 @@ from speechalign.config.training import RewardModelConfig
 from speechalign.rows import pairs_to_table
 from speechalign.training import reward_model
 from speechalign.training.preference import PAIRS
-from speechalign.training.reward_model import MARGINS, RewardTask
+from speechalign.training.reward_model import MARGINS, REPORT, RewardTask
 from tests.builders import some_pairs
 from tests.online_toy import a_policy_folder
 
@@ -31,6 +31,7 @@ def test_the_margins_are_written_before_the_model_is_committed(
     )
     work = tmp_path / "rm-work"
     work.mkdir()
+    (work / REPORT).touch()  # of a model that was here before
     seen: list[int] = []
 
     def commit(_: Path, model: Any, vocabulary: Any, facts: dict[str, Any]) -> None:
@@ -41,3 +42,4 @@ def test_the_margins_are_written_before_the_model_is_committed(
     task = RewardTask(config)
     task.save(config.output, task.model, {})
     assert seen == [0]
+    assert not (work / REPORT).exists()

@@ -326,10 +326,12 @@ def test_who_leaves_knows_the_id_of_the_job_that_goes_on():
 
     cluster = FakeCluster(ends=[RUNNING], text={A1: ["step 1\n"]})
     submission = Submission(request=REQUEST, connect=lambda: cluster, show=leave)
-    assert submission.job == ""
+    assert submission.when_left("http://head:8265").startswith("no job is known to be sent;")
     with pytest.raises(KeyboardInterrupt):
         submission.run()
-    assert submission.job == A1
+    assert f"`ray job stop --address http://head:8265 {A1}`" in submission.when_left(
+        "http://head:8265"
+    )
 
 
 def test_a_verb_that_is_no_job_is_refused():
