@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,17 @@ def test_the_policy_speaks_and_was_measured_before_and_after(run_dir: Path):
 def test_the_report_can_be_listened_to(run_dir: Path):
     page = (run_dir / "report.html").read_text()
     assert page.count("<audio") >= 3
+
+
+def test_the_doctor_hears_the_embedded_policy_say_a_sentence(run_dir: Path, tmp_path: Path):
+    del run_dir  # only after a demo, when the machine is known to be able to
+    code = "from speechalign.cli import main; main()"
+    recipe = Path(__file__).parents[2] / "jobs" / "align-embedded-cpu.yaml"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "doctor", str(recipe), f"run_dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "ok    engine: said" in result.stdout

@@ -73,7 +73,7 @@ def test_a_checkpoint_of_other_settings_is_kept_and_named(
 
     engine = config.engine.model_copy(update={"learning_rate": 1.0})
     other = config.model_copy(update={"seed": 1, "engine": engine})
-    with pytest.raises(ConfigError, match=r"another seed, engine\.learning_rate; .* or remove"):
+    with pytest.raises(ConfigError, match=r"another engine\.learning_rate, seed; .* or remove"):
         run_training(other)
     assert manifest_facts(work_folder(config) / "checkpoint") == before
 
