@@ -25,7 +25,7 @@ from speechalign.config.serving import (
 from speechalign.errors import ConfigError
 from speechalign.pipeline.cluster import connected
 from speechalign.pipeline.served_run import args_of, section
-from speechalign.resources import possible_resources
+from speechalign.resources import check_room, possible_resources
 
 logger = logging.getLogger(__name__)
 
@@ -238,19 +238,9 @@ def _check_room(config: ServingConfig) -> None:
     """
     replicas = {INGRESS: config.ingress_replicas, RENDERER: config.renderer_replicas}
     replicas |= {speaker_name(name): config.speaker_replicas for name in config.policies}
-    available = possible_resources()
-    for resource, attribute in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = {
-            name: one.min_replicas * getattr(one, attribute) for name, one in replicas.items()
-        }
-        total, found = sum(wanted.values()), available.get(resource, 0.0)
-        if total > found + 1e-6:
-            parts = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
-            raise ConfigError(
-                f"the endpoint wants {total:g} {resource} ({parts}), the cluster has {found:g}; "
-                f"lower {attribute} or min_replicas of speaker_replicas, renderer_replicas or "
-                "ingress_replicas, or join a larger cluster (RAY_ADDRESS)"
-            )
+    parts = {name: (one.min_replicas, one) for name, one in replicas.items()}
+    knobs = "min_replicas of speaker_replicas, renderer_replicas or ingress_replicas"
+    check_room("the endpoint wants", parts, possible_resources(), knobs)
 
 
 def _start_serve(endpoint: Endpoint) -> None:

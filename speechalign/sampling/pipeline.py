@@ -36,12 +36,11 @@ from speechalign.config.sampling import (
 )
 from speechalign.errors import (
     BudgetExceeded,
-    ConfigError,
     DataError,
     EngineDead,
     SpeechalignError,
 )
-from speechalign.resources import possible_resources
+from speechalign.resources import check_room, possible_resources
 from speechalign.rows import NOT_RENDERED, QUARANTINE
 from speechalign.sampling.actor_face import ActorFace
 from speechalign.sampling.rollouts import RolloutStage, Sampler
@@ -131,17 +130,8 @@ def check_resources(stages: Sequence[Stage], available: Mapping[str, float]) -> 
     Raises:
         ConfigError: naming what is missing, and which stage wants how much.
     """
-    for resource, attribute in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = {
-            stage.name: stage.pool.num_actors * getattr(stage.pool, attribute) for stage in stages
-        }
-        total, found = sum(wanted.values()), available.get(resource, 0.0)
-        if total > found + 1e-6:
-            parts = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items())
-            raise ConfigError(
-                f"the pools want {total:g} {resource} ({parts}), the cluster has {found:g}; "
-                f"lower num_actors or {attribute}, or join a larger cluster (RAY_ADDRESS)"
-            )
+    parts = {stage.name: (stage.pool.num_actors, stage.pool) for stage in stages}
+    check_room("the pools want", parts, available, "num_actors")
 
 
 def stream(table: pa.Table, stages: Sequence[Stage]) -> ray.data.Dataset:
