@@ -8,7 +8,7 @@ Shapes: P prompts.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from speechalign.evaluation.summary import (
     Metric,
     Summary,
     compare,
+    gap_closed,
     relative_error_change,
     summarise,
     table_rows,
@@ -52,6 +53,8 @@ class System:
     judged: pa.Table
     seconds: float | None = None
     """Wall clock from the start of its arm to its policy, shared stages included."""
+    stage_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Wall clock of each stage of its iteration."""
     facts: Mapping[str, Any]
     """Where it comes from: arm, seed, iteration, commit."""
 
@@ -61,13 +64,16 @@ class Compared:
     """What is said of one system."""
 
     summary: Summary
-    wins: Mapping[str, Estimate]
-    """By the column of the vote; empty for the baseline."""
-    relative: Mapping[str, Estimate]
+    wins: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
+    """By the column of the vote; empty for the baseline, as is all that compares with it."""
+    relative: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
     """Change of the error rates against the baseline, as a share."""
-    difference: Mapping[str, Estimate]
+    difference: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
     """Paired, against the baseline."""
+    closed: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
+    """Shares of the gap between the baseline and the ceiling, paired; empty without a ceiling."""
     seconds: float | None
+    stage_seconds: Mapping[str, float]
     facts: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -77,23 +83,27 @@ class Compared:
             "wins": {key: asdict(value) for key, value in self.wins.items()},
             "relative": {key: asdict(value) for key, value in self.relative.items()},
             "difference": {key: asdict(value) for key, value in self.difference.items()},
+            "closed": {key: asdict(value) for key, value in self.closed.items()},
             "seconds": self.seconds,
+            "stage_seconds": dict(self.stage_seconds),
             "facts": dict(self.facts),
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Compared":
         """Return what `to_json` was made of."""
-        wins, relative, difference = (
+        wins, relative, difference, closed = (
             {key: Estimate(**value) for key, value in values[name].items()}
-            for name in ("wins", "relative", "difference")
+            for name in ("wins", "relative", "difference", "closed")
         )
         return cls(
             summary=Summary.from_json(values["summary"]),
             wins=wins,
             relative=relative,
             difference=difference,
+            closed=closed,
             seconds=values["seconds"],
+            stage_seconds=values["stage_seconds"],
             facts=values["facts"],
         )
 
@@ -103,23 +113,31 @@ def compare_systems(
     others: Sequence[System],
     num_resamples: int,
     metrics: Sequence[Metric] = METRICS,
+    ceiling: System | None = None,
 ) -> list[Compared]:
-    """Return the baseline and what every other system is against it."""
-    return [
-        Compared(
+    """Return the baseline, what every other system is against it, and the ceiling, if any."""
+
+    def alone(system: System) -> Compared:
+        return Compared(
             summary=summarise(system.label, system.judged, num_resamples, metrics),
-            wins={} if system is baseline else win_rates(baseline, system, num_resamples),
-            relative={}
-            if system is baseline
-            else relative_error_change(baseline.judged, system.judged, num_resamples),
-            difference={}
-            if system is baseline
-            else compare(baseline.judged, system.judged, num_resamples, metrics),
             seconds=system.seconds,
+            stage_seconds=system.stage_seconds,
             facts=system.facts,
         )
-        for system in (baseline, *others)
-    ]
+
+    def against_it(system: System) -> Compared:
+        before, after = baseline.judged, system.judged
+        goal = None if ceiling is None else ceiling.judged
+        return replace(
+            alone(system),
+            wins=win_rates(baseline, system, num_resamples),
+            relative=relative_error_change(before, after, num_resamples),
+            difference=compare(before, after, num_resamples, metrics),
+            closed={} if goal is None else gap_closed(before, after, goal, num_resamples),
+        )
+
+    goals = [] if ceiling is None else [alone(ceiling)]
+    return [alone(baseline), *map(against_it, others), *goals]
 
 
 def win_rates(baseline: System, system: System, num_resamples: int) -> dict[str, Estimate]:
@@ -139,9 +157,11 @@ def comparison_rows(compared: Sequence[Compared]) -> list[list[str]]:
     """Return the cells of the table: a head and a row a system."""
     rows = table_rows([one.summary for one in compared], {})
     voted = [vote for vote in VOTES if any(vote.column in one.wins for one in compared)]
+    has_goal = any("wer" in one.closed for one in compared)
     head = [
         *rows[0],
         "WER against the first",
+        *(["gap closed %"] if has_goal else []),
         *(f"wins % by {vote.label}" for vote in voted),
         "min",
     ]
@@ -149,12 +169,41 @@ def comparison_rows(compared: Sequence[Compared]) -> list[list[str]]:
         [
             *cells,
             _percent(one.relative.get("wer"), signed=True),
+            *([_percent(one.closed.get("wer"))] if has_goal else []),
             *(_percent(one.wins.get(vote.column)) for vote in voted),
             "" if one.seconds is None else f"{one.seconds / 60:.0f}",
         ]
         for cells, one in zip(rows[1:], compared, strict=True)
     ]
     return [head, *body]
+
+
+STAGES = {
+    "scored": "sampled and judged",
+    "pairs": "paired",
+    "policy": "trained",
+    "evaluation": "evaluated",
+}
+
+
+def time_rows(compared: Sequence[Compared]) -> list[list[str]]:
+    """Return the cells of the table of wall clock, in minutes: a head and a row an iteration.
+
+    A stage that another run had made already took no time, and has an empty cell.
+    """
+    body = [
+        [
+            one.summary.name,
+            *(_minutes(one.stage_seconds.get(stage)) for stage in STAGES),
+        ]
+        for one in compared
+        if one.stage_seconds
+    ]
+    return [["minutes", *STAGES.values()], *body]
+
+
+def _minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f}"
 
 
 def _values(table: pa.Table, vote: Vote) -> dict[str, float]:

@@ -1,14 +1,14 @@
 """A comparison that was run in parts: the rows of an earlier table beside those of this one. Pure.
 
-A table is what `speechalign compare` writes: `rows`, a JSON object a system, and `table`, the
-cells of the same systems below a head.
+A table is what `speechalign compare` writes: `rows`, a JSON object a system; `table`, the cells of
+the same systems below a head; and `times`, those of their wall clock.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from speechalign.errors import DataError
-from speechalign.evaluation.comparison import Compared, comparison_rows
+from speechalign.evaluation.comparison import Compared, comparison_rows, time_rows
 
 Table: TypeAlias = Mapping[str, Any]
 
@@ -42,10 +42,12 @@ def with_earlier(table: Table, earlier: Table, arms: Sequence[str]) -> dict[str,
         earlier_rows = [_without_its_wins(row) for row in earlier_rows]
     found = {_place(row, arms): row for row in (*earlier_rows, *table["rows"])}
     rows = [found[place] for place in sorted(found)]
+    compared = [Compared.from_json(row) for row in rows]
     return {
         "facts": facts,
         "rows": rows,
-        "table": comparison_rows([Compared.from_json(row) for row in rows]),
+        "table": comparison_rows(compared),
+        "times": time_rows(compared),
     }
 
 

@@ -1,6 +1,6 @@
 """Several runs of one recipe, and one table of all: `speechalign compare`.
 
-    RUN/ARM/...   RUN/REWARD-MODEL/...   RUN/compare.json  compare.md  compare.svg
+    RUN/ARM/...   RUN/REWARD-MODEL/...   RUN/compare.json  compare.md  compare.svg  timings.json
 
 An arm is an ordinary run: it resumes, and `speechalign align` could have made it. What two arms
 share (prompts, the evaluation of the start, its judged samples) is made once and copied.
@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,12 @@ from speechalign.config.compare import ArmConfig, CompareConfig, RewardModelStep
 from speechalign.config.load import load_config
 from speechalign.config.training import RewardModelConfig
 from speechalign.errors import BudgetExceeded, ConfigError, DataError, Diverged
-from speechalign.evaluation.comparison import System, compare_systems, comparison_rows
+from speechalign.evaluation.comparison import (
+    System,
+    compare_systems,
+    comparison_rows,
+    time_rows,
+)
 from speechalign.evaluation.comparison_parts import (
     CEILING,
     REWARD_MODEL,
@@ -159,7 +165,7 @@ def _run_steps(config: CompareConfig) -> tuple[list[Arm], dict[str, str]]:
     with connected():
         for step in config.steps:
             if isinstance(step, RewardModelStepConfig):
-                logger.info("%s", train_reward_model(reward_model_of(config, step)))
+                _train_reward_model(config, step)
                 continue
             for arm in arms[step.name]:
                 share_stages(arm.config, [earlier.config for earlier in done])
@@ -171,6 +177,15 @@ def _run_steps(config: CompareConfig) -> tuple[list[Arm], dict[str, str]]:
                 else:
                     done.append(arm)
     return done, failures
+
+
+def _train_reward_model(config: CompareConfig, step: RewardModelStepConfig) -> None:
+    """Train it unless it is there, and keep how long that took."""
+    is_new, started_s = not is_committed(config.run_dir / step.name), time.monotonic()
+    logger.info("%s", train_reward_model(reward_model_of(config, step)))
+    if is_new:
+        taken = {step.name: round(time.monotonic() - started_s, 1)}
+        write_json_atomically(config.run_dir / TIMINGS, read_timings(config.run_dir) | taken)
 
 
 def arms_of(config: CompareConfig, step: ArmConfig) -> list[Arm]:
@@ -225,29 +240,48 @@ def comparison_of(
     evaluated = [arm for arm in arms if arm.step.until == "report"]
     if not evaluated:
         raise DataError(f"{config.run_dir} has no evaluated arm to compare")
-    systems = list(_systems(config, evaluated))
-    baseline = systems[0]
+    baseline, *others = _systems(config, evaluated)
     metrics = metrics_of(evaluated[0].config.evaluation.judges)
-    compared = compare_systems(baseline, systems[1:], config.num_resamples, metrics)
-    ceiling = evaluated[0].config.run_dir / "ceiling"
-    if is_committed(ceiling):
-        judged = pq.read_table(ceiling / SCORED)
-        system = System(label="golden level 1 + NAR", judged=judged, facts={"arm": CEILING})
-        compared.append(compare_systems(system, [], config.num_resamples, metrics)[0])
+    ceiling = _ceiling(evaluated[0].config.run_dir / "ceiling")
+    compared = compare_systems(baseline, others, config.num_resamples, metrics, ceiling)
     facts = machine_facts() | {"command": shlex.join(["speechalign", *sys.argv[1:]])}
     model = _reward_model_folder(config)
     if model is not None:
         facts[REWARD_MODEL] = sha256_of(model / WEIGHTS)[:12]
+    facts |= _minutes_before(config, arms)
     facts |= {f"failed: {name}": reason for name, reason in failures.items()}
     rows = [one.to_json() for one in compared]
-    return {"facts": facts, "rows": rows, "table": comparison_rows(compared)}
+    return {
+        "facts": facts,
+        "rows": rows,
+        "table": comparison_rows(compared),
+        "times": time_rows(compared),
+    }
+
+
+def _ceiling(folder: Path) -> System | None:
+    if not is_committed(folder):
+        return None
+    judged = pq.read_table(folder / SCORED)
+    return System(label="golden level 1 + NAR", judged=judged, facts={"arm": CEILING})
+
+
+def _minutes_before(config: CompareConfig, arms: Sequence[Arm]) -> dict[str, str]:
+    """Return the wall clock of what arms are built on and no row shows: pairs, a reward model."""
+    seconds = read_timings(config.run_dir)
+    for arm in arms:
+        if arm.step.until != "report":
+            folder = arm.config.run_dir
+            seconds[folder.name] = sum(read_timings(folder).values())
+    return {f"minutes of {name}": f"{value / 60:.1f}" for name, value in seconds.items()}
 
 
 def _write(result: Mapping[str, Any], run_dir: Path) -> str:
     """Write `compare.json`, `compare.md` and `compare.svg`; return the text."""
     write_json_atomically(run_dir / "compare.json", dict(result))
     lines = [f"* {name}: {value}" for name, value in result["facts"].items()]
-    text = "\n".join([markdown_rows(result["table"]), "", *lines]) + "\n"
+    tables = [markdown_rows(result[name]) for name in ("table", "times")]
+    text = "\n".join(["\n\n".join(tables), "", *lines]) + "\n"
     (run_dir / "compare.md").write_text(text)
     (run_dir / "compare.svg").write_text(_plot(result["rows"]))
     return text
@@ -266,15 +300,17 @@ def _systems(config: CompareConfig, arms: Sequence[Arm]) -> Iterator[System]:
             folder = arm.config.run_dir / name / "evaluation"
             if not is_committed(folder):
                 continue
-            seconds += sum(
-                value
+            stages = {
+                stage.removeprefix(f"{name}/"): value
                 for stage, value in timings.items()
-                if stage.startswith(f"{name}/") and not stage.endswith("evaluation")
-            )
+                if stage.startswith(f"{name}/")
+            }
+            seconds += sum(value for stage, value in stages.items() if stage != "evaluation")
             yield System(
                 label=arm.label(iteration),
                 judged=rewarded(folder),
                 seconds=seconds,
+                stage_seconds=stages,
                 facts={
                     "arm": arm.step.name,
                     "seed": arm.seed,

@@ -1,7 +1,9 @@
 """`speechalign compare`: arms share what they can, and one table has them all."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -66,8 +68,8 @@ def test_two_arms_and_a_reward_model_make_one_table(stack: TinyStack, tmp_path: 
     assert names == ["SFT", "DPO", "best of 2", "golden level 1 + NAR"]
     assert result["rows"][0]["wins"] == {}
     assert "reward_model" in result["rows"][2]["wins"]
-    assert result["rows"][1]["seconds"] > 0
     assert "| best of 2 |" in text
+    it_says_what_took_how_long(result)
     assert "<svg" in (config.run_dir / "compare.svg").read_text()
     scored = [
         config.run_dir / arm / "iteration-0" / "evaluation" / "scored.parquet"
@@ -85,6 +87,14 @@ def test_two_arms_and_a_reward_model_make_one_table(stack: TinyStack, tmp_path: 
     assert [row["summary"]["name"] for row in merged["rows"]] == names
     assert merged["table"] == json.loads(earlier.read_text())["table"]
     a_part_needs_no_reward_model(config, tmp_path)
+
+
+def it_says_what_took_how_long(result: Mapping[str, Any]) -> None:
+    row = result["rows"][1]
+    assert row["seconds"] > 0
+    assert set(row["stage_seconds"]) == {"scored", "pairs", "policy", "evaluation"}
+    assert [cells[0] for cells in result["times"]] == ["minutes", "DPO", "best of 2"]
+    assert float(result["facts"]["minutes of rm"]) > 0
 
 
 def a_part_needs_no_reward_model(config: CompareConfig, elsewhere: Path) -> None:

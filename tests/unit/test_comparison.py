@@ -53,3 +53,16 @@ def test_the_table_has_a_row_a_system_and_the_first_is_compared_with_nothing():
     assert second[-4:] == [
         "-50 [-50, -50]", "100 [100, 100]", "50 [50, 50]", "2",
     ]  # fmt: skip
+
+
+def test_the_share_of_the_gap_to_the_ceiling_is_beside_every_system_but_the_two_ends():
+    after = System(label="DPO", judged=judged([0.25] * 4, [0.8] * 4), facts={})
+    golden = System(label="golden", judged=judged([0.125] * 4, [0.8] * 4), facts={})
+    compared = compare_systems(BEFORE, [after], 50, ceiling=golden)
+    assert [one.summary.name for one in compared] == ["SFT", "DPO", "golden"]
+    assert compared[1].closed["wer"].value == pytest.approx(2 / 3)
+    head, *rows = comparison_rows(compared)
+    place = head.index("gap closed %")
+    assert [row[place] for row in rows] == ["", "67 [67, 67]", ""]
+    assert [one.wins for one in (compared[0], compared[2])] == [{}, {}]
+    assert "gap closed %" not in comparison_rows(compare_systems(BEFORE, [after], 50))[0]

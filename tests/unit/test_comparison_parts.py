@@ -40,7 +40,9 @@ def row(
         "wins": wins,
         "relative": {},
         "difference": {},
+        "closed": {},
         "seconds": 60.0,
+        "stage_seconds": {} if arm in ("start", "ceiling") else {"scored": 30.0, "policy": 90.0},
     }
 
 
@@ -69,6 +71,15 @@ def test_the_rows_of_both_stand_in_the_order_of_the_file_and_the_newer_one_wins(
         ("ceiling", None),
     ]
     assert both["facts"] == {"commit": "f"}
+
+
+def test_the_minutes_of_both_stand_below_their_stages():
+    assert with_earlier(NEW, OLD, ARMS)["times"] == [
+        ["minutes", "sampled and judged", "paired", "trained", "evaluated"],
+        ["old golden 1", "0.5", "", "1.5", ""],
+        ["old golden 2", "0.5", "", "1.5", ""],
+        ["new ppo 1", "0.5", "", "1.5", ""],
+    ]
 
 
 def test_a_cell_stands_below_its_head_and_says_where_nobody_measured():
