@@ -123,11 +123,16 @@ class PairKind(StrEnum):
     """The best sample of a group against the worst."""
     VOTED = "voted"
     """The sample that people preferred to another one of its group."""
+    LABELLED = "labelled"
+    """One answer alone, good or bad: KTO needs no other one to compare it with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """Two answers to one prompt, the first preferred to the second."""
+    """Two answers to one prompt, the first preferred to the second.
+
+    A labelled answer has one side, the other is empty: a good one is chosen, a bad one rejected.
+    """
 
     pair_id: str
     kind: PairKind
@@ -139,10 +144,14 @@ class PreferencePair:
     rejected_token_ids: tuple[int, ...]
     margin: float
     """Reward of chosen minus rejected; 1.0 for golden pairs, which nobody scored; of votes, the
-    share for the chosen less the share against it."""
+    share for the chosen less the share against it; of a labelled answer, how far its reward is
+    beyond the limit."""
 
     def __post_init__(self) -> None:
-        if not self.chosen_token_ids or not self.rejected_token_ids:
+        num_sides = bool(self.chosen_token_ids) + bool(self.rejected_token_ids)
+        if self.kind is PairKind.LABELLED and num_sides == 2:
+            raise DataError(f"pair {self.pair_id}: a labelled answer is good or bad, not both")
+        if num_sides < (1 if self.kind is PairKind.LABELLED else 2):
             raise DataError(f"pair {self.pair_id}: one side is empty")
         if self.chosen_token_ids == self.rejected_token_ids:
             raise DataError(f"pair {self.pair_id}: both sides are the same tokens")

@@ -1,5 +1,7 @@
 """Small builders: a test names only what it is about."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from speechalign.types import PairKind, PreferencePair, Prompt, Sample
@@ -50,4 +52,20 @@ def some_pairs(
             margin=1.0,
         )
         for index in range(count)
+    ]
+
+
+def some_labelled_answers(
+    count: int, *, chosen: tuple[int, int] = (8, 24), rejected: tuple[int, int] = (8, 24)
+) -> list[PreferencePair]:
+    """Return answers to one prompt each: a good one, two bad ones, a good one, two bad ones, ..."""
+    pairs = some_pairs(count, chosen=chosen, rejected=rejected)
+    return [
+        replace(
+            pair,
+            kind=PairKind.LABELLED,
+            chosen_token_ids=() if index % 3 else pair.chosen_token_ids,
+            rejected_token_ids=pair.rejected_token_ids if index % 3 else (),
+        )
+        for index, pair in enumerate(pairs)
     ]

@@ -58,6 +58,7 @@ class Metric:
 METRICS = (
     Metric(key="wer", label="WER %", total="eval_word_errors", count="eval_words",
            is_percent=True, is_error=True, digits=1),
+    # A mean over answers, where the WER is errors over words of all: short ones weigh more here.
     Metric(key="cer", label="CER %", total="eval_cer", is_percent=True, is_error=True,
            digits=1),
     Metric(key="sim", label="SIM", total="speaker_similarity", digits=3),

@@ -17,8 +17,8 @@ from speechalign.preferences.pairs import make_pairs
 from speechalign.rewards.combine import check_budget, rewards_of
 from speechalign.rows import Row, pairs_to_table, prompts_from_table, scored_from_row
 from speechalign.sampling.pipeline import SCORED
-from speechalign.training.preference import PAIRS, read_pairs
 from speechalign.training.reference import sampler_difference
+from speechalign.training.stored_pairs import PAIRS, read_pairs
 from speechalign.types import Measured, PreferencePair, Score, ScoredSample, Unmeasured
 
 logger = logging.getLogger(__name__)

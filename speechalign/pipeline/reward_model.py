@@ -13,9 +13,9 @@ from speechalign.evaluation.reward_model import write_reward_report
 from speechalign.pipeline.cluster import connected
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.training.metrics import read_metrics
-from speechalign.training.preference import read_pairs
 from speechalign.training.reward_model import MARGINS, REPORT, batched_rewards
 from speechalign.training.sft import run_training, work_folder
+from speechalign.training.stored_pairs import read_both_sides
 from speechalign.types import PreferencePair
 
 
@@ -24,11 +24,11 @@ def train_reward_model(config: RewardModelConfig) -> str:
 
     Raises:
         ConfigError: too few pairs, or no policy, or too small a cluster.
-        DataError: the pairs are of another codec.
+        DataError: the pairs are of another codec, or answers without another one.
         RunLocked: another process trains it.
         Diverged: the loss stopped being finite.
     """
-    measured = {str(path): read_pairs(path) for path in config.measured_pairs}
+    measured = {str(path): read_both_sides(path) for path in config.measured_pairs}
     with connected():
         folder = run_training(config)
     facts = manifest_facts(folder) | _right_of(measured, folder)

@@ -12,7 +12,7 @@ from speechalign.errors import ConfigError, DataError
 from speechalign.preferences.votes import ListenerVote, pairs_of_votes
 from speechalign.rows import QUARANTINE, SAMPLE, pairs_to_table, sample_from_row
 from speechalign.sampling.pipeline import QUARANTINED, SCORED
-from speechalign.training.preference import PAIRS
+from speechalign.training.stored_pairs import PAIRS
 
 COLUMNS = ("prompt_id", "chosen", "rejected")
 

@@ -2,7 +2,8 @@
 
 Golden pairs are SpeechAlign's (Zhang et al. 2024, section 3.1): the codes of the recording are
 preferred to what the policy says. Ranked pairs are on-policy (Tian et al. 2024; Hussain et al.
-2025): both sides are the policy's, told apart by a reward.
+2025): both sides are the policy's, told apart by a reward. Labelled answers have one side only:
+KTO (Ethayarajh et al. 2024) asks of each whether it is good, not which of two is better.
 """
 
 from collections import Counter
@@ -34,7 +35,7 @@ class Pairing:
 
     def counts(self) -> dict[str, int]:
         """Return how many pairs of each kind there are, and how many groups each reason took."""
-        kinds = Counter(f"pairs_{pair.kind}" for pair in self.pairs)
+        kinds = Counter(f"pairs_{_kind(pair)}" for pair in self.pairs)
         reasons = Counter(f"dropped_{dropped.reason}" for dropped in self.dropped)
         return dict(kinds + reasons)
 
@@ -68,7 +69,25 @@ def make_pairs(
             f"none of {len(groups)} groups made a pair: {pairing.counts()}; sample more per "
             "prompt, lower pairing.min_margin, or look at why judgements fail"
         )
+    if PairKind.LABELLED in config.kinds:
+        _check_labels(pairing.counts())
     return pairing
+
+
+def _kind(pair: PreferencePair) -> str:
+    if pair.kind is not PairKind.LABELLED:
+        return pair.kind
+    return "labelled_good" if pair.chosen_token_ids else "labelled_bad"
+
+
+def _check_labels(counts: Mapping[str, int]) -> None:
+    """Refuse labels of one sort: nothing tells the policy what the other sort is like."""
+    for label, limit in (("good", "good_above"), ("bad", "bad_below")):
+        if not counts.get(f"pairs_labelled_{label}"):
+            raise DataError(
+                f"no sample is labelled {label}: {counts}; set pairing.{limit} to a reward that "
+                "some samples reach (the rewards are in the iteration's scored.parquet)"
+            )
 
 
 def _of_group(
@@ -81,6 +100,8 @@ def _of_group(
         yield golden_pair(prompt_id, group, golden, config)
     if PairKind.RANKED in config.kinds:
         yield from ranked_pairs(prompt_id, group, config)
+    if PairKind.LABELLED in config.kinds:
+        yield from labelled_answers(prompt_id, group, config)
 
 
 def golden_pair(
@@ -101,7 +122,8 @@ def golden_pair(
         rejected = ranked[-1][1]
     if rejected.sample.token_ids == golden:
         return Dropped(prompt_id, DropReason.IDENTICAL)
-    return _pair(PairKind.GOLDEN, 0, golden, rejected.sample, GOLDEN_MARGIN)
+    answers = golden, rejected.sample.token_ids
+    return _pair(PairKind.GOLDEN, 0, answers, rejected.sample, GOLDEN_MARGIN)
 
 
 def ranked_pairs(
@@ -134,11 +156,34 @@ def ranked_pairs(
         (high, best), (low, worst) = choosable[rank], rejectable[-1 - rank]
         if high - low < config.min_margin:
             break
-        answer = best.sample.token_ids
-        if answer == worst.sample.token_ids:
+        good, bad = best.sample.token_ids, worst.sample.token_ids
+        if good == bad:
             outcomes.append(Dropped(prompt_id, DropReason.IDENTICAL))
         else:
-            outcomes.append(_pair(PairKind.RANKED, rank, answer, worst.sample, high - low))
+            outcomes.append(_pair(PairKind.RANKED, rank, (good, bad), worst.sample, high - low))
+    return outcomes or [Dropped(prompt_id, DropReason.TIED)]
+
+
+def labelled_answers(
+    prompt_id: str, group: Sequence[ScoredSample], config: PairingConfig
+) -> list[PreferencePair | Dropped]:
+    """Return every sample alone: good above one limit, bad below the other."""
+    assert config.good_above is not None and config.bad_below is not None  # noqa: S101 - validated
+    usable = [s for s in group if not (config.drop_truncated and s.sample.is_truncated)]
+    ranking = _ranking(usable)
+    if not ranking:
+        reason = DropReason.UNMEASURED if usable else DropReason.TRUNCATED
+        return [Dropped(prompt_id, reason if group else DropReason.EMPTY)]
+    outcomes: list[PreferencePair | Dropped] = []
+    for reward, scored in ranking:
+        sample, number = scored.sample, scored.sample.sample_index
+        if reward > config.good_above and not sample.is_truncated:
+            answers, margin = (sample.token_ids, ()), reward - config.good_above
+        elif reward < config.bad_below:
+            answers, margin = ((), sample.token_ids), config.bad_below - reward
+        else:
+            continue
+        outcomes.append(_pair(PairKind.LABELLED, number, answers, sample, margin))
     return outcomes or [Dropped(prompt_id, DropReason.TIED)]
 
 
@@ -155,16 +200,22 @@ def _ranking(group: Sequence[ScoredSample]) -> list[tuple[float, ScoredSample]]:
 
 
 def _pair(
-    kind: PairKind, rank: int, chosen: tuple[int, ...], rejected: Sample, margin: float
+    kind: PairKind,
+    number: int,
+    answers: tuple[tuple[int, ...], tuple[int, ...]],
+    sample: Sample,
+    margin: float,
 ) -> PreferencePair:
+    """Return the pair of (chosen, rejected) answers to the prompt of a sample."""
+    chosen, rejected = answers
     return PreferencePair(
-        pair_id=f"{rejected.prompt_id}/v{rejected.policy_version}/{kind}/{rank}",
+        pair_id=f"{sample.prompt_id}/v{sample.policy_version}/{kind}/{number}",
         kind=kind,
-        prompt_id=rejected.prompt_id,
-        policy_version=rejected.policy_version,
-        codec_fingerprint=rejected.codec_fingerprint,
-        prompt_token_ids=rejected.prompt_token_ids,
+        prompt_id=sample.prompt_id,
+        policy_version=sample.policy_version,
+        codec_fingerprint=sample.codec_fingerprint,
+        prompt_token_ids=sample.prompt_token_ids,
         chosen_token_ids=chosen,
-        rejected_token_ids=rejected.token_ids,
+        rejected_token_ids=rejected,
         margin=margin,
     )

@@ -7,17 +7,19 @@ from pathlib import Path
 import torch
 
 from speechalign.config.preference_training import PreferenceTrainingConfig
+from speechalign.errors import ConfigError
 from speechalign.training.engine import Engine, global_sum
 from speechalign.training.losses import PairLogprobs, PairLoss, pair_loss, reference_point
 from speechalign.training.reference import (
+    AnswerLogprobs,
     answer_sums,
     cached_reference_logprobs,
     mismatched,
     pair_logprobs,
 )
-from speechalign.types import PreferencePair
+from speechalign.types import PairKind, PreferencePair
 
-ReferenceLogprobs = Mapping[str, tuple[float, float]]
+ReferenceLogprobs = Mapping[str, AnswerLogprobs]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,27 @@ class Compared:
     loss: PairLoss
     policy: PairLogprobs
     reference: PairLogprobs
+
+
+def check_pairs(config: PreferenceTrainingConfig, pairs: Sequence[PreferencePair]) -> None:
+    """Refuse answers that the method cannot learn from.
+
+    Raises:
+        ConfigError: some are labelled, and the loss compares two answers.
+    """
+    num_labelled = sum(pair.kind is PairKind.LABELLED for pair in pairs)
+    if num_labelled and (config.method, config.loss.variant) != ("dpo", "kto"):
+        raise ConfigError(
+            f"{num_labelled} of {len(pairs)} answers are labelled and have no other one to be "
+            "compared with; set training.method: dpo and training.loss.variant: kto"
+        )
+
+
+def good_share(pairs: Sequence[PreferencePair]) -> float:
+    """Return the share of good answers, each pair counting once."""
+    shares = {(True, True): 0.5, (True, False): 1.0, (False, True): 0.0}
+    sides = ((bool(pair.chosen_token_ids), bool(pair.rejected_token_ids)) for pair in pairs)
+    return sum(shares[side] for side in sides) / len(pairs)
 
 
 def cached_references(
@@ -94,10 +117,11 @@ class PairComparison:
         return Compared(loss=loss, policy=policy, reference=reference)
 
     def _policy_logprobs(self, pairs: Sequence[PreferencePair]) -> PairLogprobs:
+        known = [self._reference[pair.pair_id] for pair in pairs]
         tells_feedback = self._config.method == "coh"
         with self._engine.autocast():
             return pair_logprobs(
-                self._engine.module, pairs, tells_feedback=tells_feedback, with_entropy=True
+                self._engine.module, pairs, tells_feedback=tells_feedback, reference=known
             )
 
     @torch.no_grad()
@@ -112,7 +136,7 @@ class PairComparison:
         rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
         with self._engine.autocast():
             policy_B = answer_sums(self._engine.module, rows)
-        reference = [self._mismatched_reference[pair.pair_id][0] for pair in others]
+        reference = [sum(self._mismatched_reference[pair.pair_id][0]) for pair in others]
         differences_B = policy_B - policy_B.new_tensor(reference)
         counted_B = differences_B[:num_counted]
         sums = torch.stack([counted_B.sum(), counted_B.new_tensor(float(num_counted))])
@@ -121,7 +145,9 @@ class PairComparison:
 
     def _reference_of(self, pairs: Sequence[PreferencePair], like: PairLogprobs) -> PairLogprobs:
         device = like.chosen_B.device
-        values_B2 = torch.tensor([self._reference[p.pair_id] for p in pairs], device=device)
+        known = (self._reference[pair.pair_id] for pair in pairs)
+        sums = [[float(sum(chosen)), float(sum(rejected))] for chosen, rejected in known]
+        values_B2 = torch.tensor(sums, device=device)
         return PairLogprobs(
             chosen_B=values_B2[:, 0],
             rejected_B=values_B2[:, 1],

@@ -1,41 +1,49 @@
-"""What a batch of pairs says of a policy in training, as means."""
+"""What a batch of pairs says of a policy in training, as means over all ranks."""
 
-import torch
-
-from speechalign.training.engine import global_sum
 from speechalign.training.pair_comparison import Compared
+from speechalign.training.running_means import RunningMeans
+
+NAMES = (
+    "loss",
+    "anchor",
+    "accuracy",
+    "margin",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_logprob",
+    "rejected_logprob",
+    "chosen_drop",
+    "entropy",
+    "kl_k1",
+    "kl_k3",
+)
 
 
-def local_means(compared: Compared) -> dict[str, float]:
-    """Return means over the pairs of this rank."""
+def no_means_yet() -> RunningMeans:
+    """Return what `count_in` adds to."""
+    return RunningMeans(NAMES)
+
+
+def count_in(means: RunningMeans, compared: Compared) -> None:
+    """Add the pairs of this rank.
+
+    Of labelled answers (types.PairKind) each side's means are over those that have the side, and
+    accuracy is the share that moved to where its label wants it.
+    """
     output, policy, reference = compared.loss, compared.policy, compared.reference
-    chosen_B = policy.chosen_B.detach() / policy.chosen_tokens_B
-    rejected_B = policy.rejected_B.detach() / policy.rejected_tokens_B
-    chosen_drop_B = reference.chosen_B / reference.chosen_tokens_B - chosen_B
-    rejected_drop_B = reference.rejected_B / reference.rejected_tokens_B - rejected_B
-    values = {
-        "loss": output.loss_B.detach(),
-        "anchor": output.anchor_B.detach(),
-        "accuracy": (output.margin_B > 0).float(),
-        "margin": output.margin_B,
-        "chosen_reward": output.chosen_reward_B,
-        "rejected_reward": output.rejected_reward_B,
-        "chosen_logprob": chosen_B,
-        "rejected_logprob": rejected_B,
-        "chosen_drop": chosen_drop_B,
-        # E[log reference - log policy] a token, over answers that the reference drew itself:
-        # KL(reference || policy) for ranked pairs; golden answers are not the reference's.
-        "kl_k1": (chosen_drop_B + rejected_drop_B) / 2,
-    }
-    if policy.entropy_B is not None:
-        values["entropy"] = policy.entropy_B
-    return {name: float(value_B.mean()) for name, value_B in values.items()}
-
-
-def global_means(compared: Compared) -> dict[str, float]:
-    """Return means over the pairs of all ranks."""
-    values = local_means(compared)
-    losses_B = compared.loss.loss_B
-    row = torch.tensor([*values.values(), 1.0], device=losses_B.device)  # NCCL takes no other
-    totals = global_sum(row * len(losses_B))
-    return {name: float(totals[i] / totals[-1]) for i, name in enumerate(values)}
+    means.add("loss", output.loss_B)
+    means.add("anchor", output.anchor_B)
+    means.add("accuracy", output.margin_B > 0)
+    means.add("margin", output.margin_B)
+    own, before = policy.normalised(), reference.normalised()
+    chosen_drop_B = before.chosen_B - own.chosen_B
+    has_chosen_B, has_rejected_B = policy.has_chosen_B, policy.has_rejected_B
+    means.add("chosen_reward", output.chosen_reward_B[has_chosen_B])
+    means.add("chosen_logprob", own.chosen_B[has_chosen_B])
+    means.add("chosen_drop", chosen_drop_B[has_chosen_B])
+    means.add("rejected_reward", output.rejected_reward_B[has_rejected_B])
+    means.add("rejected_logprob", own.rejected_B[has_rejected_B])
+    if policy.drift is not None:
+        means.add("entropy", policy.drift.entropy_B)
+        means.add("kl_k1", policy.drift.kl_k1_B)
+        means.add("kl_k3", policy.drift.kl_k3_B)

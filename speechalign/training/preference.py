@@ -14,14 +14,11 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from speechalign.artifacts import (
     MANIFEST,
@@ -35,7 +32,6 @@ from speechalign.config.preference_training import PreferenceTrainingConfig
 from speechalign.config.training import WorkersConfig
 from speechalign.errors import ConfigError, Diverged, LogprobMismatch, Stopped
 from speechalign.policy.ar import LoadedPolicy, load_ar, save_ar
-from speechalign.rows import pairs_from_table
 from speechalign.seeds import derive_seed
 from speechalign.training.batches import BatchPlan, rows_of_rank
 from speechalign.training.checkpoint import checkpoint_folder, has_checkpoint, stop_is_asked
@@ -44,17 +40,21 @@ from speechalign.training.engine import Engine, barrier, global_mean, global_sum
 from speechalign.training.launch import run_workers
 from speechalign.training.losses import loss_of_an_unmoved_policy
 from speechalign.training.metrics import MetricsWriter
-from speechalign.training.pair_comparison import PairComparison, cached_references
-from speechalign.training.pair_means import global_means, local_means
+from speechalign.training.pair_comparison import (
+    PairComparison,
+    cached_references,
+    check_pairs,
+    good_share,
+)
+from speechalign.training.pair_means import count_in, no_means_yet
 from speechalign.training.reference import Precision
-from speechalign.types import PreferencePair
+from speechalign.training.stored_pairs import read_pairs, split_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-PAIRS = "pairs.parquet"
 STEP0_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """Of a loss of 1. The reference is computed on a CPU: in bf16 another device rounds otherwise, and
 a summed log-prob moves by half a nat."""
@@ -112,11 +112,12 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
     """Train on pairs and commit the best policy, its version one higher.
 
     Raises:
-        ConfigError: too few pairs, or too small a cluster.
+        ConfigError: too few pairs, or of a kind that the loss cannot use, or too small a cluster.
         Diverged: the loss stopped being finite.
         LogprobMismatch: the loss at step 0 is not that of an unmoved policy.
     """
     pairs = read_pairs(paths.pairs)
+    check_pairs(config, pairs)
     train, _ = split_pairs(pairs, config.heldout_share, config.seed)
     if len(train) < config.pairs_per_step:
         raise ConfigError(
@@ -126,10 +127,7 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
     cached_references(config, pairs, paths.reference, paths.work / REFERENCE)
     settings = {
         "config": config.model_dump(mode="json"),
-        "paths": {
-            name: str(getattr(paths, name).resolve())
-            for name in ("policy", "reference", "pairs", "output")
-        },
+        "paths": {name: str(path.resolve()) for name, path in asdict(paths).items()},
     }
     run_workers(preference_worker, settings, config.workers, paths.work / "ray")
     facts = manifest_facts(paths.output)
@@ -140,28 +138,6 @@ def train_on_pairs(config: PreferenceTrainingConfig, paths: TrainingPaths) -> No
         facts["stop_reason"],
         facts["best_step"],
     )
-
-
-def read_pairs(folder: Path) -> list[PreferencePair]:
-    """Return the pairs of a committed folder."""
-    verify_folder(folder)
-    return pairs_from_table(pq.read_table(folder / PAIRS))
-
-
-def split_pairs(
-    pairs: Sequence[PreferencePair], heldout_share: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Return (training, held-out) pairs; the pairs of one prompt stay together."""
-    limit = round(heldout_share * 10_000)
-    train: list[PreferencePair] = []
-    heldout: list[PreferencePair] = []
-    for pair in pairs:
-        is_heldout = derive_seed(seed, "heldout", pair.prompt_id) % 10_000 < limit
-        (heldout if is_heldout else train).append(pair)
-    if not heldout:  # a handful of pairs, by chance all on one side
-        heldout = [pair for pair in train if pair.prompt_id == train[-1].prompt_id]
-        train = [pair for pair in train if pair.prompt_id != train[-1].prompt_id]
-    return train, heldout
 
 
 def preference_worker(settings: dict[str, Any]) -> None:
@@ -222,9 +198,10 @@ class _PreferenceTrainer:
         return self._engine.step_index
 
     def run(self, metrics: MetricsWriter) -> None:
-        """Update until the epochs are done or the held-out pairs say stop.
+        """Update until the epochs are done, the held-out pairs say stop, or it diverges.
 
         Raises:
+            Diverged: the loss stopped being finite before anything was better than the start.
             Stopped: the driver was asked to end; everything is saved.
         """
         if not self._progress.num_micro:
@@ -233,6 +210,12 @@ class _PreferenceTrainer:
         for micro in range(self._progress.num_micro, num_micro):
             values = self._update(self._plan.batch(micro))
             self._progress.num_micro = micro + 1
+            if self._progress.bad_updates >= MAX_BAD_UPDATES:
+                self._stop_reason = (
+                    f"the loss was not finite {MAX_BAD_UPDATES} times in a row, at update "
+                    f"{self._engine.step_index}; lower training.engine.learning_rate"
+                )
+                break
             if (micro + 1) % self._config.engine.num_accumulated:
                 continue
             metrics.write(self._engine.step_index, values)
@@ -245,6 +228,8 @@ class _PreferenceTrainer:
                     break
             self._save_if_due()
         metrics.write(self._engine.step_index, {"stopped": self._stop_reason})
+        if self._progress.bad_updates >= MAX_BAD_UPDATES and self._best_step <= 0:
+            raise Diverged(f"{self._stop_reason}; nothing before it was better than the start")
 
     def _begin(self, metrics: MetricsWriter) -> None:
         start = self._look(metrics)
@@ -306,7 +291,7 @@ class _PreferenceTrainer:
         shutil.rmtree(self._paths.checkpoint, ignore_errors=True)  # a short training has none
 
     def _check_step0(self, start: Look) -> None:
-        expected = loss_of_an_unmoved_policy(self._config.loss)
+        expected = loss_of_an_unmoved_policy(self._config.loss, good_share(self._heldout))
         precision = self._config.engine.precision
         if expected is not None and not is_unmoved(start.loss, expected, precision):
             raise LogprobMismatch(
@@ -323,53 +308,43 @@ class _PreferenceTrainer:
             self._progress.bad_updates = 0
             self._engine.update(global_mean(total, count.to(total.device)))
         else:
-            self._count_bad_update()
-        values = global_means(compared)
-        return values | {
+            self._progress.bad_updates += 1
+            self._engine.pass_over()
+        means = no_means_yet()
+        count_in(means, compared)
+        return means.over_ranks(self._engine.device) | {
             "grad_norm": self._engine.grad_norm,
             "learning_rate": self._engine.learning_rate,
         }
-
-    def _count_bad_update(self) -> None:
-        self._progress.bad_updates += 1
-        self._engine.pass_over()
-        if self._progress.bad_updates >= MAX_BAD_UPDATES:
-            raise Diverged(
-                f"the loss was not finite {MAX_BAD_UPDATES} times in a row, at update "
-                f"{self._engine.step_index}; lower training.engine.learning_rate"
-            )
 
     @torch.no_grad()
     def _look(self, metrics: MetricsWriter) -> Look:
         self._engine.unwrapped.eval()
         rank, num_ranks = world()
-        sums: Tensor | None = None
-        names: list[str] = []
+        seen = no_means_yet()
         size = self._config.pairs_per_step
         for first in range(0, len(self._heldout), size):
             pairs = self._heldout[first : first + size]
             mine = rows_of_rank(pairs, rank, num_ranks) or pairs[:1]
             weight = len(rows_of_rank(pairs, rank, num_ranks))  # 0: only keeps the ranks in step
-            values = local_means(self._comparison.compare(mine, num_counted=weight))
-            names = list(values)
-            row = torch.tensor([*values.values(), 1.0], device=self._engine.device) * weight
-            sums = row if sums is None else sums + row
+            compared = self._comparison.compare(mine, num_counted=weight)
+            if weight:
+                count_in(seen, compared)
         self._engine.unwrapped.train()
-        assert sums is not None  # noqa: S101 - the split never leaves the held-out side empty
-        totals = global_sum(sums)
-        means = {name: float(totals[i] / totals[-1]) for i, name in enumerate(names)}
+        means = seen.over_ranks(self._engine.device)
         metrics.write(
             self._engine.step_index, {f"heldout_{name}": value for name, value in means.items()}
         )
+        chosen_drop = means.get("chosen_drop", 0.0)  # no good answer among labelled ones: no limit
         if self._engine.step_index == 0:
             # Not 0 where the reference is older than the policy, or was never told feedback (coh):
             # the limit is on what this training loses, or a third iteration could never start.
-            self._progress.drop_at_start = means["chosen_drop"]
+            self._progress.drop_at_start = chosen_drop
         return Look(
             step=self._engine.step_index,
             loss=means["loss"] - self._config.loss.sft_weight * means["anchor"],
             accuracy=means["accuracy"],
-            chosen_drop=means["chosen_drop"] - self._progress.drop_at_start,
+            chosen_drop=chosen_drop - self._progress.drop_at_start,
         )
 
     def _keep_if_best(self) -> None:
@@ -383,7 +358,7 @@ class _PreferenceTrainer:
             "heldout_loss": best.loss,
             "heldout_accuracy": best.accuracy,
         }
-        if self._config.method == "coh":
+        if self._config.method == "coh" and best.step:  # the start was not told any
             facts["knows_feedback"] = True
         with self._engine.whole_weights() as model:
             if world()[0] == 0:

@@ -5,7 +5,8 @@ Bradley-Terry, Ouyang et al. 2022, eq. 1: -log sigmoid(r(chosen) - r(rejected)).
 The rewards are shifted so that the chosen answers of held-out pairs have 0 in the mean (section
 3.5 there): differences ignore it, a critic does not.
 
-Left out: margins in the loss (Llama 2).
+Left out: margins in the loss (Llama 2): nobody scored golden pairs, and the margins of two judges
+are on no common scale.
 
 Shapes: B pairs, N held-out pairs.
 """
@@ -27,7 +28,7 @@ from speechalign.policy.ar import load_ar
 from speechalign.policy.prompt_format import without_feedback
 from speechalign.policy.reward_model import RewardModel, save_reward_model
 from speechalign.training.batches import BatchPlan
-from speechalign.training.preference import read_pairs, split_pairs
+from speechalign.training.stored_pairs import read_both_sides, split_pairs
 from speechalign.types import PreferencePair
 
 MARGINS = "heldout_margins.parquet"
@@ -44,7 +45,7 @@ class RewardTask:
 
     def __init__(self, config: RewardModelConfig) -> None:
         loaded = load_ar(config.policy)
-        pairs = [pair for folder in config.pairs for pair in read_pairs(folder)]
+        pairs = [pair for folder in config.pairs for pair in read_both_sides(folder)]
         self._fingerprint: str = loaded.facts["codec_fingerprint"]
         others = {pair.codec_fingerprint for pair in pairs} - {self._fingerprint}
         if others:

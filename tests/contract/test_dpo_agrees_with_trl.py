@@ -185,6 +185,7 @@ def trl_kto(
         }
         for pair, other in zip(pairs, others, strict=True)
         for answer, is_good in ((pair.chosen_token_ids, True), (pair.rejected_token_ids, False))
+        if answer
     ]
     policy, reference = models()
     arguments = trl.KTOConfig(
@@ -211,11 +212,25 @@ def trl_kto(
         return float(trainer.compute_loss(trainer.model.eval(), batch))
 
 
-def test_our_kto_is_trls(tmp_path: Path):
+def alone(pair: PreferencePair, *, is_good: bool) -> PreferencePair:
+    empty = {"rejected_token_ids": ()} if is_good else {"chosen_token_ids": ()}
+    return replace(pair, kind=PairKind.LABELLED, **empty)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "has_kl"),
+    [
+        (PAIRS, True),
+        ([alone(pair, is_good=pair is PAIRS[1]) for pair in PAIRS], False),
+        ([alone(pair, is_good=True) for pair in PAIRS], True),
+    ],
+    ids=["pairs", "one good, two bad", "all good"],
+)
+def test_our_kto_is_trls(pairs: list[PreferencePair], has_kl: bool, tmp_path: Path):
     # TRL's terms of KTO are inside its trainer's step: its collator and step get our rows
     policy, reference = models()
     config = DpoLossConfig(beta=BETA, variant="kto", desirable_weight=1.5, undesirable_weight=0.5)
-    pairs = [replace(pair, prompt_id=f"p{i}") for i, pair in enumerate(PAIRS)]
+    pairs = [replace(pair, prompt_id=f"p{i}") for i, pair in enumerate(pairs)]
     others = mismatched(pairs)
     with torch.no_grad():
         rows = [(pair.prompt_token_ids, pair.chosen_token_ids) for pair in others]
@@ -223,5 +238,5 @@ def test_our_kto_is_trls(tmp_path: Path):
         kl = reference_point(differences.sum(), torch.tensor(len(rows)))
         sides = pair_logprobs(policy, pairs), pair_logprobs(reference, pairs)
         ours = float(dpo_loss(*sides, config, kl).loss_B.mean())
-    assert kl > 0
+    assert (kl > 0) is has_kl
     assert trl_kto(tmp_path, pairs, others, config) == pytest.approx(ours, rel=1e-5)

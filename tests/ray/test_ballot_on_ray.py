@@ -18,7 +18,7 @@ from speechalign.pipeline.votes import write_votes
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.sampling.pipeline import SCORED
-from speechalign.training.preference import read_pairs
+from speechalign.training.stored_pairs import read_pairs
 from tests.ray.conftest import FinishedRun
 from tests.tiny_stack import TinyStack, tiny_recipe
 

@@ -19,8 +19,9 @@ from speechalign.policy.ar import load_ar, save_ar
 from speechalign.rows import pairs_to_table
 from speechalign.training.launch import run_workers
 from speechalign.training.metrics import read_metrics
-from speechalign.training.preference import PAIRS, TrainingPaths, split_pairs, train_on_pairs
+from speechalign.training.preference import TrainingPaths, train_on_pairs
 from speechalign.training.reference import sampler_difference
+from speechalign.training.stored_pairs import PAIRS, split_pairs
 from speechalign.types import PreferencePair, Sample
 from tests.builders import some_pairs
 from tests.tiny_stack import TinyStack

@@ -21,8 +21,8 @@ from speechalign.policy.ar import load_ar
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.rows import pairs_to_table
 from speechalign.training.metrics import read_metrics
-from speechalign.training.preference import PAIRS, read_pairs, split_pairs
 from speechalign.training.sft import identity_of, work_folder
+from speechalign.training.stored_pairs import PAIRS, read_pairs, split_pairs
 from speechalign.types import PairKind, PreferencePair
 from tests.tiny_stack import TinyStack, tiny_recipe
 

@@ -18,7 +18,7 @@ from speechalign.errors import BudgetExceeded, ConfigError
 from speechalign.judges.base import SILENT
 from speechalign.pipeline.align import run_align
 from speechalign.pipeline.cluster import connected
-from speechalign.training.preference import read_pairs
+from speechalign.training.stored_pairs import read_pairs
 from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 from tests.user_rewards import is_one_of_ten
 

@@ -23,8 +23,9 @@ from speechalign.errors import (
 )
 from speechalign.rows import pairs_to_table
 from speechalign.training.launch import run_workers
-from speechalign.training.preference import PAIRS, TrainingPaths, train_on_pairs
+from speechalign.training.preference import TrainingPaths, train_on_pairs
 from speechalign.training.sft import run_training
+from speechalign.training.stored_pairs import PAIRS
 from tests.builders import some_pairs
 from tests.tiny_stack import build_tiny_stack
 

@@ -17,13 +17,9 @@ from speechalign.policy.ar import load_ar
 from speechalign.rows import pairs_to_table
 from speechalign.training import preference
 from speechalign.training.metrics import MetricsWriter, read_metrics
-from speechalign.training.preference import (
-    PAIRS,
-    TrainingPaths,
-    preference_worker,
-    split_pairs,
-)
+from speechalign.training.preference import TrainingPaths, preference_worker
 from speechalign.training.stopping import STOP_REQUEST
+from speechalign.training.stored_pairs import PAIRS, split_pairs
 from speechalign.types import PreferencePair
 from tests.builders import some_pairs
 from tests.online_toy import a_process_group

@@ -22,8 +22,8 @@ from speechalign.policy.reward_model import RewardModel, load_reward_model, save
 from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
 from speechalign.rows import pairs_to_table
-from speechalign.training.preference import PAIRS
 from speechalign.training.reward_model import RewardTask, pair_rewards
+from speechalign.training.stored_pairs import PAIRS
 from speechalign.types import PairKind, PreferencePair
 
 VOCABULARY = Vocabulary(symbols=" ab", num_codebooks=1, codebook_size=16)

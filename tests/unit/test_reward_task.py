@@ -10,8 +10,8 @@ from speechalign.artifacts import committed_folder
 from speechalign.config.training import RewardModelConfig
 from speechalign.rows import pairs_to_table
 from speechalign.training import reward_model
-from speechalign.training.preference import PAIRS
 from speechalign.training.reward_model import MARGINS, REPORT, RewardTask
+from speechalign.training.stored_pairs import PAIRS
 from tests.builders import some_pairs
 from tests.online_toy import a_policy_folder
 

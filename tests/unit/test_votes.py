@@ -14,7 +14,7 @@ from speechalign.pipeline.votes import write_votes
 from speechalign.preferences.votes import ListenerVote, pairs_of_votes
 from speechalign.rows import samples_to_table
 from speechalign.sampling.pipeline import QUARANTINED, SCORED
-from speechalign.training.preference import read_pairs
+from speechalign.training.stored_pairs import read_pairs
 from speechalign.types import PairKind, Sample
 from tests.builders import a_prompt, a_sample
 
