@@ -1,5 +1,6 @@
 """Rewards as a user would write them; named by import path in tests."""
 
+import threading
 import zlib
 from collections.abc import Sequence
 
@@ -34,6 +35,28 @@ class Fragile:
     def __call__(self, samples: Sequence[TokenAnswer]) -> list[float]:
         if any(sample.text == "bad" for sample in samples):
             raise RuntimeError("I cannot read this")
+        return [1.0] * len(samples)
+
+
+class Hangs:
+    """Does not answer before it is released."""
+
+    released = threading.Event()
+
+    def __call__(self, samples: Sequence[TokenAnswer]) -> list[float]:
+        self.released.wait()
+        return [1.0] * len(samples)
+
+
+class OfOneThread:
+    """Cannot be used in another thread than it was made in, as a connection of sqlite3."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __call__(self, samples: Sequence[TokenAnswer]) -> list[float]:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("of another thread")
         return [1.0] * len(samples)
 
 

@@ -86,6 +86,13 @@ class AlignConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     pipeline: PipelineConfig = PipelineConfig()
 
+    @property
+    def heldout_judges(self) -> tuple[JudgeConfig, ...]:
+        """Who hears the held-out answers of an online training, and no others."""
+        if isinstance(self.training, OnlineTrainingConfig):
+            return self.training.heldout.judges
+        return ()
+
     @model_validator(mode="after")
     def _rewards_are_measured(self) -> "AlignConfig":
         measured = {TRUNCATED} | {name for judge in self.judges for name in judge_measures(judge)}
@@ -99,7 +106,7 @@ class AlignConfig(Config):
 
     @model_validator(mode="after")
     def _a_measure_has_one_judge(self) -> "AlignConfig":
-        for judges in (self.judges, self.evaluation.judges):
+        for judges in ((*self.judges, *self.heldout_judges), self.evaluation.judges):
             names = [name for judge in judges for name in judge_measures(judge)]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
@@ -135,6 +142,19 @@ class AlignConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _who_learns_from_labels_compares_nothing(self) -> "AlignConfig":
+        if PairKind.LABELLED not in self.pairing.kinds:
+            return self
+        training = self.training
+        is_kto = training.method == "dpo" and training.loss.variant == "kto"
+        if not is_kto:
+            raise ValueError(
+                "labelled answers have no other one to be compared with; only kto learns from "
+                "them: set training.method: dpo and training.loss.variant: kto"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _best_of_n_has_a_choice(self) -> "AlignConfig":
         if self.training.method != "best_of_n":
             return self
@@ -163,20 +183,36 @@ class AlignConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _who_is_to_learn_from_cut_answers_sees_them(self) -> "AlignConfig":
+        training = self.training
+        if not isinstance(training, OnlineTrainingConfig) or training.truncated == "kept":
+            return self
+        is_rewarded = any(term.measure == TRUNCATED for term in self.reward.terms)
+        if is_rewarded and training.method != "grpo":  # it compares the others with them
+            raise ValueError(
+                f"reward.terms uses {TRUNCATED!r}, but with training.truncated: masked "
+                f"{training.method} never learns from a cut answer, and the term teaches nothing; "
+                "set training.truncated: kept"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_listens_with_other_ears(self) -> "AlignConfig":
+        rewarded = {j.model for j in self.judges if isinstance(j, RecogniserConfig)}
         for name, judges, role in (
             ("judges", self.judges, "reward"),
+            ("training.heldout.judges", self.heldout_judges, "eval"),
             ("evaluation.judges", self.evaluation.judges, "eval"),
         ):
-            if any(isinstance(j, RecogniserConfig) and j.role != role for j in judges):
+            recognisers = [j for j in judges if isinstance(j, RecogniserConfig)]
+            if any(j.role != role for j in recognisers):
                 raise ValueError(f"a recogniser of {name} needs role: {role}")
-        rewarded = {j.model for j in self.judges if isinstance(j, RecogniserConfig)}
-        evaluating = {j.model for j in self.evaluation.judges if isinstance(j, RecogniserConfig)}
-        if rewarded & evaluating:
-            raise ValueError(
-                f"the recogniser {sorted(rewarded & evaluating)} makes rewards and evaluates; "
-                "give evaluation.judges another model"
-            )
+            both = rewarded & {j.model for j in recognisers}
+            if role == "eval" and both:
+                raise ValueError(
+                    f"the recogniser {sorted(both)} makes rewards and evaluates; "
+                    f"give {name} another model"
+                )
         return self
 
     @model_validator(mode="after")

@@ -82,6 +82,8 @@ class PythonJudgeConfig(JudgeBase):
     arguments: dict[str, Any] = Field(default_factory=dict[str, Any])
     reads: Literal["sound", "tokens"] = "sound"
     """What it is given: types.Clip, or types.TokenAnswer without anything being rendered."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """For a batch. After it the batch is not judged, nor are later ones until the call returns."""
 
 
 class HttpJudgeConfig(JudgeBase):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from speechalign.config.base import Config
+from speechalign.config.judges import JudgeConfig
 from speechalign.config.preference_training import DpoLossConfig
 from speechalign.config.training import EngineConfig, WorkersConfig
 
@@ -13,7 +14,8 @@ class KlConfig(Config):
     """What it costs to leave the reference."""
 
     coefficient: float = Field(default=0.0, ge=0)
-    """Of the KL: in PPO's reward per token (k1), in GRPO's loss (k3). 0 needs no reference."""
+    """Of the KL: in PPO's reward per token (k1), in GRPO's loss (k3). The reference is
+    loaded at 0 too: `guards.max_kl` is the distance from it."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     target: float = Field(default=0.01, gt=0)
     """Nats a token that the adaptive controller steers to."""
@@ -69,19 +71,25 @@ class HeldoutConfig(Config):
     """Steps between two looks; there is one at the start and one at the end."""
     num_prompts: int = Field(default=32, gt=0)
     answers_per_prompt: int = Field(default=2, gt=0)
+    judges: tuple[JudgeConfig, ...] = ()
+    """They hear these answers only, beside the recipe's `judges`, and never make a reward: what the
+    reward does not see. To let them hear every rollout would cost as much as the reward."""
 
 
 class OnlineGuardsConfig(Config):
     """What stops a run that collapses. The best policy so far is kept."""
 
     max_kl: float = Field(default=0.5, gt=0)
-    """Nats a token (k1) from the reference, or from the start where there is no reference."""
+    """Nats a token (k1) from the reference."""
     min_stop_share: float = Field(default=0.5, ge=0, le=1)
     """Of the answers of a step that end by themselves."""
     min_entropy_share: float = Field(default=0.3, ge=0, le=1)
     """Of the entropy that the first step had."""
     max_length_growth: float = Field(default=0.5, gt=0)
     """Of the held-out answers' mean length against the first look; 0.5: half as long again."""
+    max_wer_growth: float | None = Field(default=0.5, gt=0)
+    """Of the held-out answers' `eval_wer` against the first look (or 1 %, if that was less); 0.5:
+    half as many errors again. It needs a recogniser in `heldout.judges`; null takes it away."""
     patience: int = Field(default=4, gt=0)
     """Looks without a better held-out reward."""
 
@@ -108,7 +116,8 @@ class OnlineTrainingConfig(Config):
     answers_per_forward: int = Field(default=16, gt=0)
     """Of one worker: what fits into its memory."""
     truncated: Literal["masked", "kept"] = "masked"
-    """Answers that hit the length cap: left out of the loss (DAPO, section 3.4), or not."""
+    """Answers that hit the length cap: left out of the loss (DAPO, section 3.4), or not. grpo
+    compares the others with them all the same; ppo and online_dpo leave them out altogether."""
     importance_cap: float = Field(default=2.0, gt=1)
     """Of the weight trainer / sampler of a token, when rollouts are stale (Yao et al. 2025)."""
     max_logprob_difference: float = Field(default=1e-3, gt=0)

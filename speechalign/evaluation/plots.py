@@ -20,6 +20,7 @@ CURVES = (
         {"chosen_drop": "chosen lost", "kl_k1": "KL (k1)", "kl_k3": "KL (k3)"},
     ),
     ("implicit reward", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
+    ("word error rate, as another recogniser hears", {"wer": "WER"}),
     ("entropy, nats a token", {"entropy": "entropy"}),
     ("tokens an answer", {"length": "length"}),
     ("share of the answers", {"stop_share": "end by themselves", "kept_answers": "learned from"}),
@@ -43,7 +44,8 @@ def training_curves(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     A key that no row has makes no curve, and a plot without curves is left out. What judges
     measured of an online training's answers has a plot a measure.
     """
-    measures = sorted({key for row in metrics for key in row if key.startswith(JUDGED)})
+    written = {key.removeprefix(HELDOUT) for row in metrics for key in row}
+    measures = sorted(key for key in written if key.startswith(JUDGED))
     judged = [(f"judged: {key.removeprefix(JUDGED)}", {key: "mean"}) for key in measures]
     plots: list[str] = []
     for name, keys in (*CURVES, *judged):

@@ -3,6 +3,8 @@
 prompts -> RolloutStage -> RenderStage -> a pool per judge -> shards of the Ray Train workers
 ^                                                          |
 +----------------- published policy versions --------------+
+
+The judges of `training.heldout` come last and hear held-out answers only.
 """
 
 import logging
@@ -18,7 +20,7 @@ from speechalign.artifacts import manifest_facts
 from speechalign.config.align import AlignConfig
 from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.errors import ConfigError
-from speechalign.pipeline.sample import judging_stages, training_prompts
+from speechalign.pipeline.sample import rollout_judging_stages, training_prompts
 from speechalign.policy.ar import VOCABULARY
 from speechalign.policy.prompt_format import answer_token_ids, prompt_token_ids
 from speechalign.policy.versions import Probe
@@ -86,7 +88,7 @@ def train_online(config: AlignConfig, iteration: int, paths: OnlinePaths) -> Non
         max_logprob_difference=training.max_logprob_difference,
         timeout_s=training.publication_timeout_s,
     )
-    judging = judging_stages(config, paths.policy, config.judges)
+    judging = rollout_judging_stages(config, paths.policy)
     stages = [
         rollout_stage(sampler, pool=config.pools.sample),
         # A stage that waits for fuller batches would wait for the next step, and that for this one.

@@ -29,13 +29,13 @@ from speechalign.judges.http import headers_of
 from speechalign.judges.user_code import load_user_class
 from speechalign.judges.whisper import model_folder
 from speechalign.pipeline.cluster import connected
-from speechalign.pipeline.sample import judging_stages, sampling_stage, speaking_stages
+from speechalign.pipeline.sample import rollout_judging_stages, sampling_stage, speaking_stages
 from speechalign.policy.ar import check_ar
 from speechalign.policy.nar import load_nar
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.resources import possible_resources
 from speechalign.rows import GOLDEN, NOT_RENDERED, RENDERED, waveform_from_pcm
-from speechalign.sampling import rollouts
+from speechalign.sampling import heldout, rollouts
 from speechalign.sampling.pipeline import SECONDS, errors_of_actors, stream
 from speechalign.sampling.pipeline import check_resources as check_pools
 from speechalign.sampling.prompts import admit_prompts, build_prompts
@@ -48,6 +48,7 @@ ROLLOUT_FIELDS = (
     rollouts.SAMPLED_FROM,
     rollouts.SAMPLED_UNTIL,
     rollouts.PROBE_DIFFERENCE,
+    heldout.HELDOUT_ERRORS,
 )
 
 
@@ -59,9 +60,10 @@ def check_run(config: AlignConfig) -> None:
         DataError: artifacts of different codecs meet.
     """
     check_artifacts(config)
-    check_judge_names(config.judges)
-    check_judge_names(config.evaluation.judges)
-    for judge in (*config.judges, *config.evaluation.judges):
+    in_training, evaluating = (*config.judges, *config.heldout_judges), config.evaluation.judges
+    check_judge_names(in_training)
+    check_judge_names(evaluating)
+    for judge in (*in_training, *evaluating):
         if isinstance(judge, RecogniserConfig):
             model_folder(judge.model)
         if isinstance(judge, PythonJudgeConfig):
@@ -124,7 +126,7 @@ def check_resources(config: AlignConfig) -> str:
     """Start or join Ray and compare what the pools want with what there is."""
     with connected():
         available = possible_resources()
-        judging = judging_stages(config, config.policy, config.judges)
+        judging = rollout_judging_stages(config, config.policy)
         stages = [sampling_stage(config, config.policy), *judging]
         check_pools(stages, available)
         check_pools(speaking_stages(config, config.policy, config.evaluation.judges), available)

@@ -194,10 +194,10 @@ def _plain(differences: Differences) -> dict[str, dict[str, Any]]:
 
 
 def _commit() -> str:
+    """Return the commit of the code, which may have been changed since: then it ends in -dirty."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
+        found = subprocess.run(describe, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "not a checkout"
     return found.stdout.strip()

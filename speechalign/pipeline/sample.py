@@ -1,7 +1,9 @@
 """Prompts, samples and judged samples of a run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +14,7 @@ from speechalign.config.judges import (
     JudgeConfig,
     PythonJudgeConfig,
     RewardModelJudgeConfig,
+    judge_measures,
     judge_name,
     listens,
 )
@@ -21,17 +24,23 @@ from speechalign.policy.vocabulary import Vocabulary
 from speechalign.rewards.learned import RewardModelStage
 from speechalign.rewards.stage import JudgeStage
 from speechalign.rewards.user_tokens import UserTokenStage
+from speechalign.rows import RENDERED, SAMPLE
+from speechalign.sampling.heldout import ERRORS, HeldoutStage
 from speechalign.sampling.pipeline import (
     QUARANTINED,
     SCORED,
+    SECONDS,
     Stage,
     render_stage,
     sample_and_judge,
     sample_stage,
 )
 from speechalign.sampling.prompts import admit_prompts, build_prompts
+from speechalign.sampling.stages import RENDER_SECONDS
 
 TRAIN, HELDOUT, QUARANTINE = "train.parquet", "heldout.parquet", "quarantine.parquet"
+SOUND = [*(f for f in RENDERED if f.name not in {*SAMPLE.names, ERRORS.name}), RENDER_SECONDS]
+"""The columns that rendering adds."""
 
 
 def write_prompts(config: AlignConfig, folder: Path) -> None:
@@ -129,6 +138,32 @@ def judging_stages(
     if any(map(listens, judges)):
         return listening_stages(config, policy, judges)
     return list(map(_judging, judges))
+
+
+def rollout_judging_stages(config: AlignConfig, policy: Path) -> list[Stage]:
+    """Return the stages from rollouts to judged ones.
+
+    Only held-out answers pass the judges of `training.heldout`, and only they are rendered where
+    no other judge listens.
+    """
+    heard_by_all = {stage.name for stage in judging_stages(config, policy, config.judges)}
+    stages = judging_stages(config, policy, (*config.judges, *config.heldout_judges))
+    added = {judge_name(judge): _measured(judge) for judge in config.heldout_judges}
+    return [
+        stage if stage.name in heard_by_all else _of_heldout(stage, added.get(stage.name, SOUND))
+        for stage in stages
+    ]
+
+
+def _of_heldout(stage: Stage, adds: "list[pa.Field[Any]]") -> Stage:
+    arguments = {"stage": stage.stage, "arguments": stage.arguments, "adds": adds}
+    return replace(stage, stage=HeldoutStage, arguments=arguments)
+
+
+def _measured(judge: JudgeConfig) -> "list[pa.Field[Any]]":
+    """Return the columns of numbers that a judge adds."""
+    names = (*judge_measures(judge), judge_name(judge) + SECONDS)
+    return [pa.field(name, pa.float32()) for name in names]
 
 
 def listening_stages(

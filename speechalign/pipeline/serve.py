@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 SAY_S = 10.0
 """Between two lines on what Serve still waits for."""
+HURRIED_S = 1.0
+"""To tell Serve to end, when nobody waits until it has."""
 CARRIED = frozenset({"proxy_location", "http_options", "applications"})
 """Keys of a file that `Endpoint.to_serve` writes again."""
 FIXED = {"name": APPLICATION, "route_prefix": "/", "import_path": IMPORT_PATH}
@@ -225,6 +227,11 @@ def deployed(endpoint: Endpoint, *, stays: bool = False) -> Iterator[str]:
         try:
             _deploy(endpoint)
             yield endpoint.address
+        except KeyboardInterrupt:
+            if not stays:
+                # Serve would be waited for, up to 30 s, while its replicas finish their streams.
+                _serve_client().shutdown(timeout_s=HURRIED_S)
+            raise
         finally:
             if not stays:
                 serve.shutdown()

@@ -3,11 +3,12 @@
 A plain FastAPI application; Serve runs it in every replica of the ingress.
 """
 
+import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from speechalign.config.serving import NAME_PATTERN, Name
@@ -45,8 +47,8 @@ SECURITY_HEADERS = {
 class SpeechRoutes:
     """The routes, bound to what answers them."""
 
-    def __init__(self, service: SpeechService, gate: Gate) -> None:
-        self._service, self._gate = service, gate
+    def __init__(self, service: SpeechService, gate: Gate, telemetry: Telemetry) -> None:
+        self._service, self._gate, self._telemetry = service, gate, telemetry
 
     def router(self) -> APIRouter:
         """Return the routes."""
@@ -69,6 +71,18 @@ class SpeechRoutes:
     def _key(self, request: Request) -> ApiKey:
         return self._gate.admit(request.headers.get("authorization"))
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Count a client that leaves in the middle of its body with those that leave later.
+
+        Serve tells of it twice, by a message and by cancelling the request, in either order.
+        """
+        try:
+            yield
+        except (ClientDisconnect, asyncio.CancelledError):
+            self._telemetry.ends.inc(tags={"model": "", "end": "cancelled"})
+            raise
+
     async def speak(self, request: Request) -> Response:
         """Speak a text."""
         key = self._key(request)
@@ -76,7 +90,8 @@ class SpeechRoutes:
         content_type = request.headers.get("content-type", "application/json")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise invalid("the body must be application/json", code="bad_type", status=415)
-        body = await body_of(request, limits.max_body_bytes, limits.body_timeout_s)
+        with self._reading():
+            body = await body_of(request, limits.max_body_bytes, limits.body_timeout_s)
         asked = schema.parsed(schema.SpeechRequest, body)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._service.slot())
@@ -148,9 +163,10 @@ class SpeechRoutes:
         bounded = limited(request, most, limits.body_timeout_s)
         async with AsyncExitStack() as stack:
             try:
-                form = await stack.enter_async_context(
-                    bounded.form(max_files=1, max_fields=4, max_part_size=4096)
-                )
+                with self._reading():
+                    form = await stack.enter_async_context(
+                        bounded.form(max_files=1, max_fields=4, max_part_size=4096)
+                    )
             except (MultiPartException, HTTPException, KeyError):
                 raise invalid(
                     "the body is no well-formed multipart form", code="bad_form"
@@ -202,7 +218,7 @@ async def page() -> HTMLResponse:
 def build_api(service: SpeechService, gate: Gate, telemetry: Telemetry) -> FastAPI:
     """Return the ASGI application."""
     api = FastAPI(title="speechalign", version="1", docs_url=None, redoc_url=None)
-    api.include_router(SpeechRoutes(service, gate).router())
+    api.include_router(SpeechRoutes(service, gate, telemetry).router())
 
     async def on_problem(request: Request, error: Exception) -> Response:
         problem = error if isinstance(error, Problem) else as_problem(error)
@@ -221,7 +237,12 @@ def build_api(service: SpeechService, gate: Gate, telemetry: Telemetry) -> FastA
         assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
         return await on_problem(request, invalid("a parameter is not valid"))
 
+    async def on_client_left(request: Request, error: Exception) -> Response:
+        del request, error
+        return Response(status_code=499)  # nobody hears it; Serve's proxy counts it as this too
+
     api.add_exception_handler(Problem, on_problem)
+    api.add_exception_handler(ClientDisconnect, on_client_left)
     api.add_exception_handler(HTTPException, on_http_error)
     api.add_exception_handler(RequestValidationError, on_bad_request)
     api.add_exception_handler(Exception, on_problem)

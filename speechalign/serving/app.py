@@ -30,6 +30,7 @@ from speechalign.policy.ar import check_ar
 from speechalign.policy.reward_model import load_reward_model
 from speechalign.serving.api import build_api
 from speechalign.serving.keys import Gate, read_keys
+from speechalign.serving.memory import Memory
 from speechalign.serving.renderer import VoiceRenderer
 from speechalign.serving.service import SpeechService
 from speechalign.serving.speaker import Ask, PolicySpeaker, Spoken
@@ -52,7 +53,7 @@ def build(args: Mapping[str, Any]) -> Application:
     speakers = {
         name: _deployment(PolicySpeaker, speaker_name(name), config.speaker_replicas, config)
         .options(user_config=policy.model_dump(mode="json"))
-        .bind(config)
+        .bind(config, Memory(speaker_name(name)))
         for name, policy in config.policies.items()
     }
     renderer = _deployment(VoiceRenderer, RENDERER, config.renderer_replicas, config).bind(config)

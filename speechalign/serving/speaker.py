@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from speechalign.artifacts import manifest_facts
+from speechalign.artifacts import is_committed, manifest_facts
 from speechalign.codec.base import check_fingerprint
 from speechalign.config.serving import ServedPolicyConfig, ServingConfig
 from speechalign.errors import ConfigError, DataError, EngineDead, MalformedCodes
@@ -24,6 +24,7 @@ from speechalign.policy.prompt_format import asked_prompt
 from speechalign.policy.reward_model import LoadedRewardModel, load_reward_model
 from speechalign.policy.vocabulary import EOS_ID, Vocabulary
 from speechalign.seeds import derive_seed
+from speechalign.serving.memory import Memory
 from speechalign.startup import collect_seldom
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,9 @@ class PolicySpeaker:
     swapped in place, and no answer in the making is lost.
     """
 
-    def __init__(self, config: ServingConfig) -> None:
+    def __init__(self, config: ServingConfig, memory: Memory | None = None) -> None:
         collect_seldom()
-        self._config = config
+        self._config, self._memory = config, memory
         self._streams: AnswerStreams | None = None
         self._served: ServedPolicyConfig | None = None
         self._rewards: LoadedRewardModel | None = None
@@ -75,9 +76,10 @@ class PolicySpeaker:
 
         A policy that cannot take the place of the one that answers is refused: `facts` and the
         log say why. Serve would end a replica that raises here, and its successors after it.
+        They too are given what was refused; they answer with what the replicas before them did.
 
         Raises:
-            ConfigError: the first policy's folder holds none.
+            ConfigError: the folder holds no policy, and there is no former one to go on with.
             CorruptArtifact: a file of it differs from the manifest.
             DataError: its reward model was trained on another codec.
             EngineDead: the engine broke while it loaded; Serve replaces the replica.
@@ -86,14 +88,29 @@ class PolicySpeaker:
             served = ServedPolicyConfig.model_validate(user_config)
             await self._take(served)
         except (ConfigError, DataError, OSError, ValidationError) as error:
-            if self._served is None:
+            former = self._former()
+            if former is None:
                 raise
+            if self._served is None:
+                await self._take(former)
             self._refused = f"{user_config.get('path')} was refused: {error}"
-            logger.warning("%s; %s goes on", self._refused, self._served.path)
+            logger.warning("%s; %s goes on", self._refused, former.path)
         else:
             self._refused = ""
+            if self._memory is not None:
+                self._memory.keep(served)
+
+    def _former(self) -> ServedPolicyConfig | None:
+        """Return what answers, or answered before this replica started and is still there."""
+        if self._served is not None or self._memory is None:
+            return self._served
+        kept = self._memory.recall()
+        return kept if kept is not None and is_committed(kept.path) else None
 
     async def _take(self, served: ServedPolicyConfig) -> None:
+        former = self._former()
+        if former is not None and served.path != former.path:
+            _check_same_shape(former.path, served.path)
         rewards = None
         if served.reward_model is not None:
             fingerprint = manifest_facts(served.path)["codec_fingerprint"]
@@ -101,8 +118,7 @@ class PolicySpeaker:
         if self._streams is None:
             engine = build_generation_engine(served.path, self._config.engine)
             self._streams = AnswerStreams(engine)
-        elif self._served is not None and served.path != self._served.path:
-            _check_same_shape(self._served.path, served.path)
+        elif self._served is None or served.path != self._served.path:
             await self._streams.load_policy(served.path)
         self._served, self._rewards = served, rewards
         self._facts = manifest_facts(served.path)

@@ -31,7 +31,9 @@ class Telemetry:
         )
         self.audio = Counter("speechalign_audio_seconds_total", "Speech sent", tag_keys=OF_A_MODEL)
         self.ends = Counter(
-            "speechalign_streams_total", "Streams by how they ended", tag_keys=OF_AN_END
+            "speechalign_streams_total",
+            "Streams by how they ended; no model: the client left before its request was whole",
+            tag_keys=OF_AN_END,
         )
         self.truncated = Counter(
             "speechalign_truncated_total", "Sentences cut at the length cap", tag_keys=OF_A_MODEL

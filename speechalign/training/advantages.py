@@ -1,9 +1,15 @@
 """From rewards to advantages, and what it costs to leave the reference. Pure.
 
-group     Shao et al. 2024 (GRPO), eq. 3; without the division: Liu et al. 2025 (Dr. GRPO)
+group     Shao et al. 2024 (GRPO), section 4.1.2; without the division: Liu et al. 2025 (Dr. GRPO)
 GAE       Schulman et al. 2016, eq. 16
-whitening Ouyang et al. 2022, as in their code: over all tokens of the batch
+whitening over all tokens of the batch, as in the code of Ziegler et al. 2019
 control   Ziegler et al. 2019, section 2.2
+
+Left out, and why:
+    one deviation for the whole batch      prompts differ in what their rewards spread over
+    a mean without the answer itself       (RLOO) the same but for a factor G / (G - 1)
+    whitened rewards                       `whiten_advantages` takes the scale out after them
+    a value after the last token           a cut answer is judged as it is: nothing follows it
 
 Shapes: G answers of a prompt, A tokens of an answer, B answers, S positions.
 """

@@ -1,4 +1,10 @@
-"""PPO's critic in its own engine.
+"""PPO's critic in its own engine: Schulman et al. 2017, eq. 9, its value loss, clipped.
+
+Left out, and why:
+    a network shared with the policy       two losses on the same weights need a balance (c1 there)
+    the start from a reward model          (Ouyang et al. 2022, C.4) see policy.value_model
+    returns scaled to variance 1           the offset takes the mean out; value_clip_range is in the
+                                           reward's units
 
 Shapes: B answers, S positions.
 """

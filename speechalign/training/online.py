@@ -27,7 +27,13 @@ from speechalign.artifacts import (
     verify_folder,
     write_json_atomically,
 )
-from speechalign.errors import BudgetExceeded, Diverged, StaleRollouts, Stopped
+from speechalign.errors import (
+    BudgetExceeded,
+    Diverged,
+    SpeechalignError,
+    StaleRollouts,
+    Stopped,
+)
 from speechalign.policy.answer_batch import collate_answers
 from speechalign.policy.ar import load_ar, save_ar
 from speechalign.policy.logprobs import answer_logprobs
@@ -35,11 +41,18 @@ from speechalign.policy.versions import PolicyVersions, Probe
 from speechalign.seeds import derive_seed
 from speechalign.training.checkpoint import checkpoint_folder, stop_is_asked
 from speechalign.training.critic import Critic
-from speechalign.training.engine import Engine, barrier, global_sum, world
+from speechalign.training.engine import Engine, barrier, global_max, global_sum, world
 from speechalign.training.metrics import MetricsWriter
 from speechalign.training.online_base import Learner, NotFinite, OnlineTask, TrainedPolicy
 from speechalign.training.online_dpo import OnlineDpo
-from speechalign.training.online_looks import Looks, idle_share, look_at
+from speechalign.training.online_looks import (
+    JUDGED,
+    Looks,
+    idle_share,
+    look_at,
+    rewards_of_all,
+    wer_of,
+)
 from speechalign.training.policy_gradient import PolicyGradient
 from speechalign.training.rollouts import RewardOf, RolloutBlock, read_block
 from speechalign.training.running_means import RunningMeans
@@ -153,9 +166,11 @@ class OnlineTrainer:
             if self._config.method == "online_dpo"
             else PolicyGradient(job.task, self._policy, self._critic)
         )
-        self._progress = Progress()
+        warmup = self._config.ppo.critic_warmup_steps
+        self._progress = Progress(looks=Looks(num_warmup_steps=warmup))
         self._stop_reason = ALL_STEPS_DONE
-        self._has_diverged = False
+        self._failure: type[SpeechalignError] | None = None
+        """Of what the training ends with, unless something was better than the start."""
         self._busy: list[tuple[float, float]] = []
         self._idle_share = 0.0
         self._versions = PolicyVersions(job.paths.versions)
@@ -166,6 +181,7 @@ class OnlineTrainer:
 
         Raises:
             Diverged: a loss was not finite before anything was better than the start.
+            BudgetExceeded: too many answers had no reward before anything was.
         """
         config, started_s = self._config, time.time()
         first = self._progress.step
@@ -180,7 +196,7 @@ class OnlineTrainer:
                 if block.step > first and block.step % config.checkpoint_every == 0:
                     self._save()
                 self._stop_if_asked(reason)
-                self._count(block)
+                reason = self._count(block) or reason
                 if reason is None and block.step < config.num_steps:
                     reason = self._learn(block, values, metrics)
                     self._stop_if_asked(reason)
@@ -197,8 +213,8 @@ class OnlineTrainer:
         logger.info(
             "online training stopped at step %d: %s", self._progress.step, self._stop_reason
         )
-        if self._has_diverged and not self._progress.looks.best_step:
-            raise Diverged(f"{self._stop_reason}; nothing before it was better than the start")
+        if self._failure is not None and not self._progress.looks.best_step:
+            raise self._failure(f"{self._stop_reason}; nothing before was better than the start")
 
     def commit(self) -> None:
         """Make the best version the new policy."""
@@ -245,7 +261,8 @@ class OnlineTrainer:
             )
         return block
 
-    def _count(self, block: RolloutBlock) -> None:
+    def _count(self, block: RolloutBlock) -> str | None:
+        """Count the answers; return why to stop if too many of them have no reward."""
         progress = self._progress
         answers = [*block.learned, *block.heldout]
         missing = sum(rollout.reward is None for rollout in answers)
@@ -253,11 +270,16 @@ class OnlineTrainer:
         num_answers, num_missing = global_sum(counts).tolist()
         progress.num_answers += int(num_answers)
         progress.num_without_reward += int(num_missing)
-        if progress.num_without_reward > self._job.failure_budget * progress.num_answers:
-            raise BudgetExceeded(
-                f"{progress.num_without_reward} of {progress.num_answers} answers have no reward "
-                f"after step {block.step}; {self._job.failure_budget:.0%} may lack one"
-            )
+        probe = global_max(torch.tensor(block.probe_difference, device=self._engine.device))
+        largest = max(progress.largest_probe_difference, float(probe))
+        progress.largest_probe_difference = largest
+        if progress.num_without_reward <= self._job.failure_budget * progress.num_answers:
+            return None
+        self._failure = BudgetExceeded
+        return (
+            f"{progress.num_without_reward} of {progress.num_answers} answers have no reward "
+            f"after step {block.step}; {self._job.failure_budget:.0%} may lack one"
+        )
 
     def _look(self, block: RolloutBlock, metrics: MetricsWriter) -> str | None:
         """Measure the held-out answers, if the block has some; return why to stop."""
@@ -265,10 +287,13 @@ class OnlineTrainer:
         version = block.step if block.step == self._config.num_steps else self._version_of(block)
         if not block.heldout or version <= looks.last_step:  # seen before the checkpoint
             return None
+        judged = self._judged(block.heldout_measures)
         look = look_at(block.heldout, self._policy, self._config.answers_per_forward)
-        shown = look | self._judged(block.heldout_measures)
+        look |= wer_of(judged)
+        shown = look | judged
         metrics.write(version, {f"heldout_{key}": value for key, value in shown.items()})
-        return looks.see(version, look, self._config.guards)
+        rewards = rewards_of_all(block.heldout, self._engine.device)
+        return looks.see(version, look, rewards, self._config.guards)
 
     def _version_of(self, block: RolloutBlock) -> int:
         return max(0, block.step - self._config.max_staleness)
@@ -280,7 +305,7 @@ class OnlineTrainer:
         try:
             values |= self._learner.learn(block.learned, block.step)
         except NotFinite as error:
-            self._has_diverged = True
+            self._failure = Diverged
             return f"step {block.step}: {error}; lower training.engine.learning_rate"
         learned_s = time.time()
         self._progress.step = block.step + 1
@@ -296,8 +321,6 @@ class OnlineTrainer:
             "learning_rate": self._engine.learning_rate,
         }
         metrics.write(self._progress.step, values)
-        probe = max(self._progress.largest_probe_difference, block.probe_difference)
-        self._progress.largest_probe_difference = probe
         return self._progress.looks.guard_step(values, block.step, self._config.guards)
 
     def _described(self, block: RolloutBlock) -> dict[str, float]:
@@ -311,11 +334,8 @@ class OnlineTrainer:
         return means.over_ranks(self._engine.device) | self._judged(block.measures)
 
     def _judged(self, measures: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Return the means of what judges measured, over all ranks.
-
-        A user's judge may have any name: `judge_` keeps it apart from what guards look at.
-        """
-        names = {name: f"judge_{name}" for name in sorted(measures)}
+        """Return the means of what judges measured, over all ranks."""
+        names = {name: JUDGED + name for name in sorted(measures)}
         means = RunningMeans(list(names.values()))
         for name, shown in names.items():
             means.add(shown, torch.tensor(measures[name]))

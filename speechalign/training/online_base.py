@@ -39,7 +39,10 @@ class OnlineTask:
         return math.ceil(groups * answers / config.answers_per_forward)
 
     def can_learn_from(self, rollout: Rollout) -> bool:
-        """Whether an answer has a reward, and tokens, and an end where that is asked for."""
+        """Whether an answer has a loss: a reward, and tokens, and an end where that is asked for.
+
+        One without may still be what others are compared with (GRPO).
+        """
         is_cut = rollout.is_truncated and self.config.truncated == "masked"
         return rollout.reward is not None and bool(rollout.token_ids) and not is_cut
 

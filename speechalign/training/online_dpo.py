@@ -1,9 +1,16 @@
 """Online DPO: the best against the worst of every group, as soon as they are judged.
 
-Guo et al. 2024, "Direct language model alignment from online AI feedback", with a reward in place
-of the annotator, as in TRL's OnlineDPOTrainer, and groups of more than two answers.
+Guo et al. 2024, "Direct language model alignment from online AI feedback", algorithm 1, with a
+reward in place of the annotator, as in TRL's OnlineDPOTrainer. Unlike there: the best and the worst
+of a group that may be larger than two; ties, small margins and equal answers make no pair;
+log-probs are at the temperature of the sampling, TRL's at 1.
 
-Left out: TRL's penalty for answers without an end token (`training.truncated` masks them).
+Left out, and why:
+    an annotator of pairs (Guo et al.)     our judges hear one answer at a time
+    SLiC (Guo et al.)                      the losses are those of `dpo`, which has none
+    more pairs of a group than one         they would share answers, and differ less
+    TRL's penalty of an answer not ended   masked, it is in no pair; kept, a reward term can do that
+    TRL's list of betas, one an epoch      a stream of prompts has no epochs
 
 Shapes: B pairs; a batch holds the chosen answers, then the rejected ones.
 """

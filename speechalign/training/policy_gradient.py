@@ -6,8 +6,18 @@ GRPO   Shao et al. 2024, eq. 3 and 4: advantages within a group, k3 in the loss;
        2025): clip-higher, groups without variance dropped, truncated answers masked, means over
        tokens; Dr. GRPO (Liu et al. 2025): no division by the standard deviation
 
-Left out: DAPO's refilling of dropped groups (they are counted instead), its soft length penalty (a
-reward term can do that), PPO's mix with pre-training, an entropy bonus.
+Truncated answers, masked: PPO leaves them out altogether. GRPO compares the others with them (mean
+and deviation are over all judged answers of a group, as in TRL), but they have no loss, and means
+of losses are over the other answers or their tokens. (TRL's mean over answers counts a 0 for them.)
+
+Left out, and why:
+    DAPO's refilling of dropped groups     a step has its prompts beforehand; it counts them instead
+    DAPO's soft length penalty             a reward term can do that
+    Dr. GRPO's fixed divisor of a loss     `tokens` weighs them alike; Adam hardly feels the scale
+    GRPO's rewards of single steps         judges hear whole answers
+    GRPO's new reward model now and then   the best version is found by comparing rewards of steps
+    PPO's mix with pre-training            it needs the golden data here; a KL cost can do that
+    an entropy bonus                       a guard stops a run whose entropy falls
 
 Both learn from answers drawn at the sampling temperature, so logits are divided by it here too.
 
@@ -47,6 +57,8 @@ MEANS = (
     "policy_loss", "entropy", "kl_k1", "kl_k3", "clip_fraction", "ratio", "advantage",
     "importance_weight", "value_loss", "value_error", "zero_variance_groups", "kept_answers",
 )  # fmt: skip
+"""`zero_variance_groups` is the share, of all groups of a step, of those that teach nothing: equal
+rewards, fewer than two of them, or every answer masked."""
 LARGEST = ("largest_sampler_difference",)
 
 
@@ -91,11 +103,11 @@ class PolicyGradient:
             NotFinite: the loss is not a number, on any rank.
         """
         means = RunningMeans(MEANS, LARGEST)
-        usable = [r for r in rollouts if self._task.can_learn_from(r)]
         placeholder = rollouts[0]
         if self._critic is None:
-            learned = self._with_frozen(self._group_relative(usable, means), placeholder)
+            learned = self._with_frozen(self._group_relative(rollouts, means), placeholder)
         else:
+            usable = [r for r in rollouts if self._task.can_learn_from(r)]
             learned = self._with_frozen(list(map(_unjudged, usable)), placeholder)
             if step == 0:
                 self._expect_the_mean(learned, self._critic)
@@ -114,17 +126,23 @@ class PolicyGradient:
     def _group_relative(self, rollouts: Sequence[Rollout], means: RunningMeans) -> list[Experience]:
         learned: list[Experience] = []
         for group in groups_of(rollouts):
-            rewards_G = torch.tensor([rollout.reward for rollout in group], dtype=torch.float32)
-            advantages_G = group_advantages(
-                rewards_G, divides_by_std=self._config.grpo.divides_by_std
-            )
-            means.add("zero_variance_groups", torch.tensor([float(advantages_G is None)]))
-            if advantages_G is not None:
-                learned += [
-                    replace(_unjudged(r), advantages=advantage.expand(len(r.token_ids)))
-                    for r, advantage in zip(group, advantages_G, strict=True)
-                ]
+            taught = self._compared(group)
+            means.add("zero_variance_groups", torch.tensor([float(not taught)]))
+            learned += taught
         return learned
+
+    def _compared(self, group: Sequence[Rollout]) -> list[Experience]:
+        """Return the answers to learn from, by how they compare with all judged ones."""
+        judged = [rollout for rollout in group if rollout.reward is not None]
+        rewards_G = torch.tensor([rollout.reward for rollout in judged], dtype=torch.float32)
+        advantages_G = group_advantages(rewards_G, divides_by_std=self._config.grpo.divides_by_std)
+        if advantages_G is None:
+            return []
+        return [
+            replace(_unjudged(rollout), advantages=advantage.expand(len(rollout.token_ids)))
+            for rollout, advantage in zip(judged, advantages_G, strict=True)
+            if self._task.can_learn_from(rollout)
+        ]
 
     def _with_frozen(self, learned: Sequence[Experience], placeholder: Rollout) -> list[Experience]:
         """Add the log-probs of the policy as it is now, and of the reference, where needed.

@@ -6,7 +6,11 @@ k1, k3           Schulman 2020, "Approximating KL divergence"
 importance cap   Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
                  training": truncated weights of tokens that another version has drawn
 
-Left out: dual clipping (Ye et al. 2020), sequence-level ratios (GSPO), an entropy bonus.
+Left out, and why:
+    dual clipping (Ye et al. 2020)         for much older rollouts: ours are a step old at most
+    sequence ratios (GSPO)                 of most use to mixtures of experts, whose ratios jump
+    k2, k3 weighted by the ratio           k3 is as GRPO has it, though its gradient is not the KL's
+    sequences masked for their mismatch    the cap bounds what a token that drifted can do
 
 Shapes: B answers, S positions. Who averages knows the world's size.
 """

@@ -22,6 +22,15 @@ pytestmark = [
 ]
 
 
+LISTENER = {
+    "kind": "python",
+    "name": "duration",
+    "target": "tests.user_rewards:Duration",
+    "pool": {"num_cpus": 0.1},
+}
+"""A judge of held-out answers: the reward needs no sound."""
+
+
 def a_recipe(stack: TinyStack, run_dir: Path, **training: Any) -> AlignConfig:
     """Return a recipe whose reward reads tokens, fails for a tenth and can be learned."""
     values = tiny_recipe(stack, run_dir).model_dump(mode="json")
@@ -58,7 +67,11 @@ def metrics_of(config: AlignConfig) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "training",
     [
-        {"method": "grpo", "max_staleness": 1},
+        {
+            "method": "grpo",
+            "max_staleness": 1,
+            "heldout": {"every": 2, "num_prompts": 4, "judges": [LISTENER]},
+        },
         {"method": "ppo"},
     ],
     ids=lambda training: training["method"],
@@ -74,6 +87,9 @@ def test_a_policy_is_trained_on_its_own_answers(
     assert [row["step"] for row in rows if "grad_norm" in row] == [1, 2, 3, 4]
     looks = [row["step"] for row in rows if "heldout_reward" in row]
     assert looks == [0, 2 - staleness, 4]
+    listened = [row["step"] for row in rows if "heldout_judge_duration" in row]
+    assert listened == (looks if "heldout" in training else [])
+    assert not any("judge_duration" in row for row in rows)
     assert facts["num_answers"] == 4 * 8 * 4 + 3 * 4 * 2
     assert 0 < facts["num_without_reward"] < facts["num_answers"] / 2
     assert facts["stop_reason"] == "all steps done"

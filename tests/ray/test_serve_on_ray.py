@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +243,29 @@ def test_a_policy_is_swapped_in_place_and_no_open_stream_is_dropped(
             with deployed(swapped.with_policy("base", tmp_path / "nowhere"), stays=True):
                 assert "nowhere was refused" in model_of(http)["refused"]
                 assert version_of(http) == 1
-            with deployed(swapped, stays=True):  # a replica that starts anew needs a policy
+            with deployed(swapped, stays=True):
                 assert model_of(http)["refused"] == ""
     assert replica_of("speaker-base").pid == before
+
+
+def test_a_replica_that_dies_while_a_policy_is_refused_is_followed_by_one_that_speaks(
+    address: str, serve_file: Path, tmp_path: Path
+):
+    first = read_endpoint(serve_file, None, [], None)
+    with httpx.Client(base_url=address, timeout=60) as http:
+        version = version_of(http)
+        with deployed(first.with_policy("base", tmp_path / "nowhere"), stays=True):
+            dead = replica_of("speaker-base")
+            dead.kill()
+            dead.wait()
+            deadline = time.monotonic() + 180
+            while http.get("/ready").status_code != 200:
+                assert time.monotonic() < deadline, "no replica could start"
+                time.sleep(0.5)
+            assert "nowhere was refused" in model_of(http)["refused"]
+            assert version_of(http) == version
+        with deployed(first, stays=True):
+            assert model_of(http)["refused"] == ""
 
 
 def test_prometheus_learns_how_long_people_waited_and_why_they_were_refused(address: str):
@@ -272,27 +293,49 @@ def test_when_a_replica_dies_its_stream_ends_visibly_and_the_next_request_is_ser
     assert seen["seconds_to_next_sound"] > 0
 
 
-@pytest.mark.usefixtures("clusters")  # its server forks the workers
-def test_the_command_serves_and_finishes_an_open_stream_when_it_is_told_to_end(tmp_path: Path):
+@contextmanager
+def command(folder: Path, text: str) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[bytes]]]:
+    """Yield `speechalign serve` and a stream of it that has begun; it writes to `folder/log`."""
     port = free_port()
-    command = [sys.executable, "-m", "tests.ray.warm_workers.command", "speechalign", "serve",
-               f"voices.uploads={tmp_path}/voices",
-               f"--listen=127.0.0.1:{port}"]  # fmt: skip
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    words = [sys.executable, "-m", "tests.ray.warm_workers.command", "speechalign", "serve",
+             f"voices.uploads={folder}/voices", f"--listen=127.0.0.1:{port}"]  # fmt: skip
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
         deadline = time.monotonic() + 180
         while not is_ready(http):
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        stream = open_stream(http)
+        stream = open_stream(http, text)
         assert next(stream) == b"200"
         next(stream)
+        yield process, stream
+
+
+@pytest.mark.usefixtures("clusters")  # its server forks the workers
+def test_the_command_serves_and_finishes_an_open_stream_when_it_is_told_to_end(tmp_path: Path):
+    with command(tmp_path, LONG) as (process, stream):
         process.send_signal(signal.SIGTERM)
         assert sum(map(len, stream)) > 0
     assert process.wait(120) == 0
     assert "finishing open streams" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.usefixtures("clusters")
+def test_the_command_that_is_told_twice_does_not_wait_for_an_open_stream(tmp_path: Path):
+    with command(tmp_path, LONG * 8) as (process, stream):
+        process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while "finishing open streams" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(120) == 130
+        assert time.monotonic() - began < 20  # Serve's own end takes 30 s
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(stream)
 
 
 def is_ready(http: httpx.Client) -> bool:

@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from speechalign.evaluation.summary import (
     table_rows,
     text_table,
 )
-from speechalign.pipeline.report import write_run_report
+from speechalign.pipeline.report import machine_facts, write_run_report
 from speechalign.sampling.pipeline import SCORED
 
 
@@ -268,3 +269,21 @@ def test_the_report_of_a_run_shows_the_judges_of_its_recipe(tmp_path: Path):
     ]
     assert head[-2].strip() == "far"
     assert difference[-2].strip() == "+2.00 [+2.00, +2.00]"
+
+
+def test_a_measurement_says_that_the_code_was_changed_since_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert machine_facts()["commit"] == "not a checkout"
+    code = tmp_path / "code.py"
+    code.write_text("one = 1\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "code.py"], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], check=True)
+    commit = machine_facts()["commit"]
+    assert len(commit) == 7
+    (tmp_path / "notes.txt").write_text("not of the code")
+    assert machine_facts()["commit"] == commit
+    code.write_text("one = 2\n")
+    assert machine_facts()["commit"] == f"{commit}-dirty"

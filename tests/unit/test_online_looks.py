@@ -1,6 +1,8 @@
 """When an online training stops, which look is the best, and how long nobody worked, by hand."""
 
+import json
 import math
+from dataclasses import asdict
 from typing import Any, cast
 
 import pytest
@@ -11,7 +13,13 @@ from speechalign.config.online_training import OnlineGuardsConfig
 from speechalign.policy.answer_batch import AnswerBatch
 from speechalign.training.engine import Engine
 from speechalign.training.online_base import TrainedPolicy
-from speechalign.training.online_looks import Looks, idle_share, look_at
+from speechalign.training.online_looks import (
+    Looks,
+    idle_share,
+    look_at,
+    rewards_of_all,
+    wer_of,
+)
 from speechalign.training.rollouts import Rollout
 
 GUARDS = OnlineGuardsConfig(
@@ -27,7 +35,12 @@ def a_look(reward: float = 0.0, **changes: float) -> dict[str, float]:
 def seen(*looks: dict[str, float]) -> tuple[Looks, list[str | None]]:
     """Return what is remembered of looks, five steps apart, and what was said to each."""
     all_looks = Looks()
-    return all_looks, [all_looks.see(5 * i, look, GUARDS) for i, look in enumerate(looks)]
+    return all_looks, [see(all_looks, 5 * i, look) for i, look in enumerate(looks)]
+
+
+def see(looks: Looks, step: int, look: dict[str, float]) -> str | None:
+    """Show a look at one answer, which has its reward."""
+    return looks.see(step, look, [look["reward"]] if "reward" in look else [None], GUARDS)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,116 @@ def test_a_look_takes_as_many_answers_at_a_time_as_fit_into_the_memory():
                 "kl_k3": math.exp(-0.5) - 1 + 0.5,
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("judged", "found"),
+    [
+        # 3 wrong of 12 words; the mean of the rates of two answers, 1/10 and 2/2, would be .55
+        ({"judge_eval_word_errors": 1.5, "judge_eval_words": 6.0, "judge_eval_wer": 0.55}, 0.25),
+        ({"judge_eval_word_errors": 0.0, "judge_eval_words": 6.0}, 0.0),
+        ({"judge_eval_wer": 0.55}, 0.55),
+        ({"judge_eval_words": 6.0, "judge_eval_wer": 0.55}, 0.55),
+        ({"judge_eval_word_errors": 1.5, "judge_eval_words": 6.0, "judge_reward_wer": 0.9}, 0.25),
+    ],
+)
+def test_the_wer_is_of_all_words_where_they_were_counted(judged: dict[str, float], found: float):
+    assert wer_of(judged) == {"wer": pytest.approx(found)}
+
+
+@pytest.mark.parametrize("judged", [{}, {"judge_reward_wer": 0.9}, {"judge_eval_words": 6.0}])
+def test_without_an_independent_recogniser_there_is_no_wer(judged: dict[str, float]):
+    assert wer_of(judged) == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "last_allowed", "refused"),
+    [
+        (0.2, 0.3, 0.301),  # 1.5 times as much
+        (0.0, 0.015, 0.0151),  # counts as .01
+        (0.004, 0.015, 0.0151),
+    ],
+)
+def test_a_wer_that_grows_is_refused_and_never_the_best(
+    first: float, last_allowed: float, refused: float
+):
+    looks, said = seen(
+        a_look(0.1, wer=first), a_look(0.2, wer=last_allowed), a_look(9.0, wer=refused)
+    )
+    assert said[:2] == [None, None]
+    assert said[2] == (
+        f"step 10: the held-out WER grew from {first:.1%} to {refused:.1%}, by more than "
+        "guards.max_wer_growth 50%"
+    )
+    assert (looks.best_step, looks.best_reward) == (5, 0.2)
+
+
+def test_the_wer_is_compared_with_the_first_also_after_a_restart():
+    before = Looks()
+    assert see(before, 0, a_look(wer=0.2)) is None
+    assert see(before, 5, a_look(wer=0.29)) is None
+    restored = Looks(**json.loads(json.dumps(asdict(before))))
+    said = see(restored, 10, a_look(9.0, wer=0.4))
+    assert said is not None
+    assert "the held-out WER grew from 20.0% to 40.0%" in said
+
+
+def test_a_wer_that_nobody_can_measure_any_more_is_refused():
+    looks, said = seen(a_look(0.1, wer=0.2), a_look(9.0))
+    assert said[1] is not None
+    assert "the held-out WER, 20.0% at the first look, is measured of no answer any more" in said[1]
+    assert looks.best_step == 0
+
+
+def test_no_recogniser_no_guard_and_the_first_look_that_has_one_counts():
+    _, said = seen(a_look(0.1), a_look(0.2), a_look(0.3, wer=0.2), a_look(0.4, wer=0.31))
+    assert said[:3] == [None] * 3
+    assert said[3] is not None
+
+
+def test_null_takes_the_guard_of_the_wer_away():
+    looks, guards = Looks(), GUARDS.model_copy(update={"max_wer_growth": None})
+    for step, look in enumerate((a_look(0.1, wer=0.2), a_look(0.2, wer=0.9), a_look(0.3))):
+        assert looks.see(step, look, [look["reward"]], guards) is None
+
+
+def test_two_looks_are_compared_by_the_answers_that_both_have_a_reward_of():
+    looks = Looks()
+    easy, hard = [0.9] * 2, [0.3] * 2
+    assert looks.see(0, a_look(0.6), [*easy, *hard], GUARDS) is None
+    # the judge fails at a hard answer: the mean of the others is .7, and none of them is better
+    assert looks.see(5, a_look(0.7), [*easy, 0.3, None], GUARDS) is None
+    assert (looks.best_step, looks.best_reward) == (0, 0.6)
+    assert looks.see(10, a_look(0.65), [0.9, 0.8, 0.5, None], GUARDS) is None
+    assert (looks.best_step, looks.best_rewards) == (10, [0.9, 0.8, 0.5, None])
+    restored = Looks(**json.loads(json.dumps(asdict(looks))))
+    assert restored.see(15, a_look(0.9), [None, None, None, 0.9], GUARDS) is None
+    assert restored.best_step == 10
+
+
+def test_the_first_look_with_a_reward_is_the_best_so_far():
+    looks, _ = seen({"stop_share": 1.0, "entropy": 2.0, "length": 99.0, "kl_k1": 0.0}, a_look(-3.0))
+    assert (looks.best_step, looks.best_reward) == (5, -3.0)
+
+
+def test_looks_while_the_policy_waits_for_its_critic_try_no_patience():
+    looks = Looks(num_warmup_steps=20)
+    same = a_look(0.5)
+    assert [see(looks, step, same) for step in range(0, 31, 5)] == [None] * 7
+    assert looks.num_since_best == 2  # those of steps 25 and 30
+    assert see(looks, 35, same) is not None
+    assert looks.best_step == 0
+
+
+def test_the_rewards_of_all_ranks_have_places_of_their_own():
+    def rollout(reward: float | None) -> Rollout:
+        return Rollout(
+            prompt_id="p", prompt_token_ids=(2,), token_ids=(8,), sampler_logprobs=(0.0,),
+            reward=reward, is_truncated=False,
+        )  # fmt: skip
+
+    found = rewards_of_all([rollout(0.25), rollout(None), rollout(0.0)], torch.device("cpu"))
+    assert found == [0.25, None, 0.0]
 
 
 def test_a_step_of_training_is_guarded_by_its_stop_share_alone():

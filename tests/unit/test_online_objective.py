@@ -1,7 +1,8 @@
 """The loss that PPO and GRPO minimise, by hand: two answers of one and of three tokens.
 
 The log-probs of the policy are given, so a loss is a sum of four numbers. The answer of one token
-is worth 3, the other 1: without a division by the deviation their advantages are 1 and -1.
+is worth 3, the other 1: without a division by the deviation their advantages are 1 and -1. Some
+tests have a third answer, of two tokens, worth 8 and cut off; online DPO is with them.
 """
 
 import math
@@ -17,15 +18,16 @@ from speechalign.policy.answer_batch import AnswerBatch
 from speechalign.training import policy_gradient
 from speechalign.training.critic import Critic, ValueTargets
 from speechalign.training.engine import Engine
-from speechalign.training.online_base import OnlineTask, TrainedPolicy
+from speechalign.training.online_base import Learner, OnlineTask, TrainedPolicy
+from speechalign.training.online_dpo import OnlineDpo
 from speechalign.training.policy_gradient import PolicyGradient
 from speechalign.training.rollouts import Rollout
 from speechalign.training.running_means import RunningMeans
 from tests.online_toy import a_config
 
 LN2 = math.log(2.0)
-SHORT, LONG = (9,), (10, 11, 12)
-ZERO = dict.fromkeys((*SHORT, *LONG), 0.0)
+SHORT, LONG, CUT = (9,), (10, 11, 12), (13, 14)
+ZERO = dict.fromkeys((*SHORT, *LONG, *CUT), 0.0)
 
 
 class Updates:
@@ -94,6 +96,22 @@ def an_answer(
     )
 
 
+def a_cut_answer(reward: float) -> Rollout:
+    return replace(an_answer(CUT, reward), is_truncated=True)
+
+
+def a_task(method: str, **changes: Any) -> OnlineTask:
+    """Return the task of which losses are as simple as they can be."""
+    plain: dict[str, Any] = {
+        "grpo": {"grpo": {"divides_by_std": False}},
+        "ppo": {"ppo": {"gae_lambda": 1.0, "whiten_advantages": False}},
+        "online_dpo": {"online_dpo": {"loss": {"beta": 1.0}}},
+    }
+    values = plain[method] | {"prompts_per_step": 1} | changes
+    values[method] = plain[method][method] | values[method]
+    return OnlineTask(config=a_config(method, **values), temperature=1.0, samples_per_prompt=2)
+
+
 def losses(
     method: str,
     *,
@@ -104,16 +122,10 @@ def losses(
     **changes: Any,
 ) -> list[float]:
     """Return what each update of a step minimises."""
-    plain: dict[str, Any] = {
-        "grpo": {"grpo": {"divides_by_std": False}},
-        "ppo": {"ppo": {"gae_lambda": 1.0, "whiten_advantages": False}},
-    }
-    values = plain[method] | {"prompts_per_step": 1} | changes
-    values[method] = plain[method][method] | values[method]
-    task = OnlineTask(config=a_config(method, **values), temperature=1.0, samples_per_prompt=2)
     updates = Updates()
     policy = GivenPolicy(updates, now, old, reference)
-    learner = PolicyGradient(task, policy, Silent() if method == "ppo" else None)
+    critic = Silent() if method == "ppo" else None
+    learner = PolicyGradient(a_task(method, **changes), policy, critic)
     learner.learn([an_answer(SHORT, 3.0, sampled), an_answer(LONG, 1.0, sampled)], 0)
     return updates.losses
 
@@ -144,10 +156,8 @@ def test_grpo_pays_k3_times_its_coefficient_in_the_loss(coefficient: float, adde
 def test_grpo_pays_with_the_coefficient_that_the_controller_reached():
     far = ZERO | dict.fromkeys(LONG, LN2)
     kl = {"coefficient": 0.2, "controller": "adaptive", "horizon_steps": 1}
-    config = a_config("grpo", kl=kl, prompts_per_step=1, grpo={"divides_by_std": False})
-    task = OnlineTask(config=config, temperature=1.0, samples_per_prompt=2)
     updates = Updates()
-    learner = PolicyGradient(task, GivenPolicy(updates, ZERO, ZERO, far), None)
+    learner = PolicyGradient(a_task("grpo", kl=kl), GivenPolicy(updates, ZERO, ZERO, far), None)
     for step in range(2):
         learner.learn([an_answer(SHORT, 3.0), an_answer(LONG, 1.0)], step)
     k3 = 3 * (1 - LN2) / 4
@@ -233,9 +243,7 @@ def test_a_rank_without_a_usable_answer_sends_what_the_others_send(
         return value.detach() + 1
 
     monkeypatch.setattr(policy_gradient, "global_sum", with_another_rank)
-    task = OnlineTask(
-        config=a_config("ppo", prompts_per_step=1), temperature=1.0, samples_per_prompt=2
-    )
+    task = a_task("ppo", ppo={"whiten_advantages": True})
     usable = [an_answer(SHORT, 3.0), an_answer(LONG, 1.0)]
     seen: list[Any] = []
     for rollouts in (usable, [replace(rollout, reward=None) for rollout in usable]):
@@ -246,3 +254,73 @@ def test_a_rank_without_a_usable_answer_sends_what_the_others_send(
         seen.append((list(sent), len(updates.losses)))
     assert seen[0] == seen[1]
     assert len(seen[0][0]) == 4  # mean reward, whitening, count of tokens, loss
+
+
+@pytest.mark.parametrize(
+    ("truncated", "grpo", "loss"),
+    [
+        # the mean is 4 in any case: advantages -1, -3 and, of the cut answer, 4
+        ("masked", {}, (1 + 3 * 3) / 4),
+        ("masked", {"normalised_over": "sequences"}, (1 + 3) / 2),
+        ("masked", {"divides_by_std": True}, (1 + 3 * 3) / 4 / math.sqrt(13)),
+        ("kept", {}, (1 + 3 * 3 - 2 * 4) / 6),
+    ],
+)
+def test_grpo_compares_with_a_cut_answer_that_has_no_loss(
+    truncated: str, grpo: dict[str, Any], loss: float
+):
+    updates = Updates()
+    policy = GivenPolicy(updates, ZERO, ZERO, ZERO)
+    learner = PolicyGradient(a_task("grpo", truncated=truncated, grpo=grpo), policy, None)
+    learner.learn([an_answer(SHORT, 3.0), a_cut_answer(8.0), an_answer(LONG, 1.0)], 0)
+    assert updates.losses == pytest.approx([loss])
+
+
+@pytest.mark.parametrize(
+    ("truncated", "loss", "expected"),
+    [("masked", -(3 + 3 * 1) / 4, 2.0), ("kept", -(3 + 3 * 1 + 2 * 8) / 6, 4.0)],
+)
+def test_ppo_leaves_a_masked_answer_out_altogether(truncated: str, loss: float, expected: float):
+    updates, critic = Updates(), Silent()
+    policy = GivenPolicy(updates, ZERO, ZERO, ZERO)
+    learner = PolicyGradient(a_task("ppo", truncated=truncated), policy, critic)
+    learner.learn([an_answer(SHORT, 3.0), a_cut_answer(8.0), an_answer(LONG, 1.0)], 0)
+    assert updates.losses == pytest.approx([loss])
+    assert critic.expected == [expected]
+
+
+@pytest.mark.parametrize(
+    ("truncated", "loss"),
+    [
+        ("masked", math.log(1.5)),  # the short against the long one, by ln 2 more than before
+        ("kept", LN2),  # the cut against the long one, neither of which has moved
+    ],
+)
+def test_online_dpo_pairs_no_masked_answer(truncated: str, loss: float):
+    updates = Updates()
+    policy = GivenPolicy(updates, dict.fromkeys(SHORT, LN2), ZERO, ZERO)
+    learner = OnlineDpo(a_task("online_dpo", truncated=truncated), policy)
+    learner.learn([an_answer(SHORT, 3.0), a_cut_answer(8.0), an_answer(LONG, 1.0)], 0)
+    assert updates.losses == pytest.approx([loss])
+
+
+@pytest.mark.parametrize("method", ["grpo", "online_dpo"])
+def test_a_group_that_teaches_nothing_is_counted_whatever_the_reason(method: str):
+    groups = [
+        [an_answer(SHORT, 3.0), an_answer(LONG, 1.0)],
+        [an_answer(SHORT, 3.0), an_answer(LONG, 3.0)],
+        [an_answer(SHORT, 3.0), an_answer(LONG, None)],
+        [an_answer(SHORT, None), an_answer(LONG, None)],
+        [a_cut_answer(3.0), a_cut_answer(1.0)],
+    ]
+    rollouts = [
+        replace(answer, prompt_id=f"p{number}")
+        for number, group in enumerate(groups)
+        for answer in group
+    ]
+    task, policy = a_task(method, prompts_per_step=5), GivenPolicy(Updates(), ZERO, ZERO, ZERO)
+    learner: Learner = (
+        OnlineDpo(task, policy) if method == "online_dpo" else PolicyGradient(task, policy, None)
+    )
+    counted = "tied_groups" if method == "online_dpo" else "zero_variance_groups"
+    assert learner.learn(rollouts, 0)[counted] == pytest.approx(4 / 5)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from speechalign.config.online_training import OnlineTrainingConfig
 from speechalign.config.sampling import PromptsConfig, SamplingConfig, TransformersConfig
 from speechalign.errors import BudgetExceeded, Diverged, LogprobMismatch, StaleRollouts, Stopped
 from speechalign.evaluation.plots import training_curves
+from speechalign.pipeline.sample import rollout_judging_stages
 from speechalign.policy.answer_batch import AnswerBatch
 from speechalign.policy.ar import load_ar
 from speechalign.policy.versions import PolicyVersions, Probe
+from speechalign.rewards.combine import rewards_of
 from speechalign.rows import Row, prompts_to_table
 from speechalign.sampling.prompts import build_prompts
 from speechalign.sampling.rollouts import RolloutStage, Sampler, plan_rollouts
@@ -29,7 +32,7 @@ from speechalign.training.online_base import OnlineTask, TrainedPolicy
 from speechalign.training.stopping import STOP_REQUEST
 from speechalign.types import Measured, Score, Unmeasured
 from tests.online_toy import a_process_group
-from tests.tiny_stack import TinyStack, build_tiny_stack
+from tests.tiny_stack import TinyStack, build_tiny_stack, tiny_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -305,6 +308,78 @@ def test_what_judges_measured_is_written_apart_for_held_out_answers(
     assert "judged: wer" in page
 
 
+LOW = {"kind": "python", "name": "low", "target": "tests.user_rewards:ShareOfLowTokens",
+       "reads": "tokens"}  # fmt: skip
+
+
+def test_a_judge_of_held_out_answers_hears_no_others(stack: TinyStack, tmp_path: Path):
+    recipe = tiny_recipe(
+        stack,
+        tmp_path / "recipe",
+        judges=[LOW],
+        reward={"terms": [{"measure": "low", "weight": 1.0}]},
+        training={"method": "grpo", "heldout": {"judges": [{"kind": "signal"}]}},
+    )
+    rewards = partial(rewards_of, config=recipe.reward)
+    run = Run(stack, tmp_path, a_config(num_steps=1), rewards=rewards)
+    planned = rollout_judging_stages(recipe, stack.ar)
+    stages = [stage.stage(**stage.arguments) for stage in planned]
+
+    def judged() -> Iterator[pa.Table]:
+        for block in run.blocks():
+            for stage in stages:
+                block = stage(block)
+            yield block
+
+    run.train(judged())
+    rows = run.metrics()
+    looks = [row for row in rows if "heldout_reward" in row]
+    assert [row["heldout_judge_low"] for row in looks] == pytest.approx(
+        [row["heldout_reward"] for row in looks]
+    )
+    assert all(0 < row["heldout_judge_silence_ratio"] <= 1 for row in looks)
+    (learned,) = [row for row in rows if "reward" in row]
+    assert [key for key in learned if key.startswith("judge_")] == ["judge_low"]
+    assert "judged: silence_ratio" in "".join(training_curves(rows))
+
+
+def heard_by_another(run: Run, wers: dict[int, float]) -> Iterator[pa.Table]:
+    """Yield blocks whose held-out answers have 18 and 2 words, all errors in the long ones.
+
+    Args:
+        run: its blocks.
+        wers: of all words, by the step of the policy.
+    """
+    for block in run.blocks():
+        first: Row = block.slice(0, 1).to_pylist()[0]
+        flags, wer = block["is_heldout"].to_pylist(), wers.get(first["version_step"], 0.0)
+        is_long = iter([True, False] * len(flags))
+        told = [(20 * wer, 18.0) if next(is_long) else (0.0, 2.0) for _ in flags]
+        for name, values in (
+            ("eval_word_errors", [errors for errors, _ in told]),
+            ("eval_words", [words for _, words in told]),
+            ("eval_wer", [errors / words for errors, words in told]),
+        ):
+            cells = [value if flag else None for value, flag in zip(values, flags, strict=True)]
+            block = block.append_column(name, pa.array(cells, pa.float32()))
+        yield block
+
+
+def test_a_wer_that_grows_stops_the_run_also_after_it_was_killed(stack: TinyStack, tmp_path: Path):
+    run, wers = Run(stack, tmp_path, a_config()), {0: 0.2, 2: 0.31}
+    with pytest.raises(Killed):
+        run.train(until_killed(heard_by_another(run, wers), 2))
+    assert finished_steps(run.paths) == 1
+    run.train(heard_by_another(run, wers)).commit()
+    assert verify_folder(run.paths.output)["stop_reason"] == (
+        "step 2: the held-out WER grew from 20.0% to 31.0%, by more than guards.max_wer_growth 50%"
+    )
+    assert_it_is_the_start(run, stack)
+    looks = [row for row in run.metrics() if "heldout_reward" in row]
+    assert [row["heldout_wer"] for row in looks] == pytest.approx([0.2, 0.31])
+    assert not [key for row in run.metrics() for key in row if key.startswith("judge_")]
+
+
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [
@@ -355,6 +430,41 @@ def test_too_many_failed_rewards_stop_the_run(stack: TinyStack, tmp_path: Path):
     run = Run(stack, tmp_path, a_config(), rewards=a_tenth_fails, failure_budget=0.01)
     with pytest.raises(BudgetExceeded, match="answers have no reward"):
         run.train()
+
+
+def later_is_better_until_it_gives_up(rows: Sequence[Row]) -> list[Score]:
+    """Return more for each version; from step 2 on the answers to learn from have no reward."""
+    return [
+        Measured(row["version_step"])
+        if row["is_heldout"] or row["step"] < 2
+        else Unmeasured("broken")
+        for row in rows
+    ]
+
+
+def test_a_run_whose_judge_gives_up_keeps_the_best_policy(stack: TinyStack, tmp_path: Path):
+    config = a_config(num_steps=6, heldout={"every": 1, "num_prompts": 4, "answers_per_prompt": 2})
+    run = Run(
+        stack, tmp_path, config, rewards=later_is_better_until_it_gives_up, failure_budget=0.1
+    )
+    run.train().commit()
+    facts = verify_folder(run.paths.output)
+    assert facts["best_step"] == 2
+    assert "answers have no reward after step 2" in facts["stop_reason"]
+
+
+def test_a_critic_that_warms_up_tries_no_patience(stack: TinyStack, tmp_path: Path):
+    config = a_config(
+        method="ppo",
+        num_steps=3,
+        ppo={"critic_warmup_steps": 3},
+        heldout={"every": 1, "num_prompts": 4, "answers_per_prompt": 2},
+        guards={"min_stop_share": 0.0, "patience": 1},
+    )
+    run = Run(stack, tmp_path, config, rewards=lambda rows: [Measured(1.0) for _ in rows])
+    run.train().commit()
+    facts = verify_folder(run.paths.output)
+    assert (facts["num_steps"], facts["stop_reason"]) == (3, "all steps done")
 
 
 def assert_it_is_the_start(run: Run, stack: TinyStack) -> None:

@@ -39,5 +39,13 @@ def test_every_measure_of_a_judge_has_a_plot_of_both_kinds_of_answers():
     assert "mean, trained on" in wer
 
 
+def test_what_only_held_out_answers_were_judged_for_has_a_plot():
+    row = {"step": 5, "heldout_judge_speaker_similarity": 0.8, "heldout_wer": 0.2}
+    assert titles(row) == [
+        "word error rate, as another recogniser hears",
+        "judged: speaker_similarity",
+    ]
+
+
 def test_no_plot_has_more_curves_than_colours():
     assert all(len(keys) <= len(COLOURS) for _, keys in CURVES)

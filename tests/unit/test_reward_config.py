@@ -115,6 +115,19 @@ def test_a_reward_whose_mean_is_0_for_every_policy_chooses_no_version(method: st
         )
 
 
+@pytest.mark.parametrize("method", ["ppo", "online_dpo"])
+def test_who_leaves_cut_answers_out_is_not_rewarded_for_them(method: str):
+    measures = ["mine", "truncated"]
+    with pytest.raises(ValueError, match=r"teaches nothing; set training\.truncated: kept"):
+        a_recipe([TOKENS], measures, training={"method": method})
+    a_recipe([TOKENS], measures, training={"method": method, "truncated": "kept"})
+    a_recipe([TOKENS], ["mine"], training={"method": method})
+
+
+def test_grpo_may_compare_with_a_cut_answer_that_it_masks():
+    a_recipe([TOKENS], ["mine", "truncated"], training={"method": "grpo"})
+
+
 @pytest.mark.parametrize(("place", "role"), [("judges", "eval"), ("evaluation", "reward")])
 def test_a_recogniser_has_the_role_of_its_place(place: str, role: str):
     judges = [{"kind": "recogniser", "model": "tiny.en", "role": role}]

@@ -278,6 +278,41 @@ def test_who_is_told_to_end_again_does_not_wait_for_open_streams(
     assert time.monotonic() - began < 30
 
 
+class _Slow(_Client):
+    """Serve's while a stream is open; it ends in 30 s unless it is waited for less long."""
+
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+
+    def shutdown(self, timeout_s: float = 30.0) -> None:
+        if not self.waited_s:  # as Serve, which does nothing the second time
+            self.waited_s.append(timeout_s)
+
+
+def test_serve_too_is_not_waited_for_by_who_is_told_twice(monkeypatch: pytest.MonkeyPatch):
+    client = _Slow()
+    for name, instead in (
+        ("speechalign.pipeline.serve.connected", nullcontext),
+        ("speechalign.pipeline.serve._check_room", ignored),
+        ("speechalign.pipeline.serve._start_serve", ignored),
+        ("speechalign.pipeline.serve._serve_client", lambda: client),
+        ("ray.serve.status", lambda: serve_says("RUNNING", "HEALTHY")),
+        ("ray.serve.shutdown", client.shutdown),
+    ):
+        monkeypatch.setattr(name, instead)
+    endpoint = read_endpoint(FILE, None, [], None)
+    with pytest.raises(KeyboardInterrupt), deployed(endpoint):
+        raise KeyboardInterrupt
+    assert client.waited_s == [1.0]
+    with pytest.raises(KeyboardInterrupt), deployed(endpoint, stays=True):
+        raise KeyboardInterrupt
+    assert client.waited_s == [1.0]
+    client.waited_s.clear()
+    with deployed(endpoint):
+        pass
+    assert client.waited_s == [30.0]
+
+
 def test_the_longest_input_can_be_spoken_while_an_endpoint_ends():
     config = read_endpoint(FILE, None, [], None).config
     assert config.limits.max_input_characters / 14 == pytest.approx(292.6, abs=0.05)

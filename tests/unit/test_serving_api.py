@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import pickle
 import shutil
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -36,6 +37,7 @@ from speechalign.serving.api import build_api
 from speechalign.serving.app import Ingress
 from speechalign.serving.bodies import body_of
 from speechalign.serving.keys import ApiKey, Gate
+from speechalign.serving.memory import Memory
 from speechalign.serving.problems import Problem
 from speechalign.serving.renderer import VoiceRenderer
 from speechalign.serving.service import SpeechService
@@ -556,8 +558,8 @@ def test_an_endpoint_that_goes_on_after_all_lets_streams_in_and_waits_for_none(t
     asyncio.run(drained_and_reopened())
 
 
-def a_speaker(path: str = "speechalign/assets/ar") -> PolicySpeaker:
-    speaker = PolicySpeaker(serving_config(Path("unused")))
+def a_speaker(path: str = "speechalign/assets/ar", memory: Memory | None = None) -> PolicySpeaker:
+    speaker = PolicySpeaker(serving_config(Path("unused")), memory)
     asyncio.run(speaker.reconfigure({"path": path}))
     return speaker
 
@@ -588,6 +590,55 @@ def test_a_policy_that_cannot_take_the_place_is_refused_and_the_old_one_speaks(
     facts = asyncio.run(speaker.facts())
     assert (facts["version"], facts["refused"]) == (1, "")
     speaker.check_health()
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """A memory in a store that outlives the speakers of a test; on a cluster it is Ray's."""
+    kept: dict[tuple[str, str], bytes] = {}
+
+    def put(key: str, value: str, *, namespace: str) -> None:
+        kept[namespace, key] = value.encode()
+
+    def get(key: str, *, namespace: str) -> bytes | None:
+        return kept.get((namespace, key))
+
+    monkeypatch.setattr("speechalign.serving.memory.store._internal_kv_put", put)
+    monkeypatch.setattr("speechalign.serving.memory.store._internal_kv_get", get)
+    return Memory("speaker-base")
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 5}, None], ids=["layers", "nowhere"])
+def test_a_replica_that_starts_with_a_refused_policy_speaks_with_the_last_good_one(
+    tmp_path: Path, memory: Memory, changes: dict[str, Any] | None
+):
+    first, good, bad = a_speaker(memory=memory), tmp_path / "good", tmp_path / "bad"
+    asyncio.run(first.reconfigure({"path": str(another_policy(good))}))
+    if changes is not None:
+        another_policy(bad, **changes)
+    asyncio.run(first.reconfigure({"path": str(bad)}))
+    later = a_speaker(str(bad), pickle.loads(pickle.dumps(memory)))
+    facts = asyncio.run(later.facts())
+    assert facts == asyncio.run(first.facts())
+    assert (facts["version"], f"{bad} was refused" in facts["refused"]) == (1, True)
+    asyncio.run(later.reconfigure({"path": str(ASSETS_AR)}))
+    facts = asyncio.run(later.facts())
+    assert (facts["version"], facts["refused"]) == (0, "")
+
+
+def test_a_policy_that_is_gone_is_remembered_for_nothing(tmp_path: Path, memory: Memory):
+    gone = another_policy(tmp_path / "gone")
+    a_speaker(str(gone), memory)
+    shutil.rmtree(gone)
+    with pytest.raises(ConfigError, match="nowhere holds no policy"):
+        a_speaker(str(tmp_path / "nowhere"), memory)
+    assert asyncio.run(a_speaker(memory=memory).facts())["refused"] == ""
+
+
+def test_another_application_remembers_nothing_of_this_one(tmp_path: Path, memory: Memory):
+    a_speaker(memory=memory)
+    with pytest.raises(ConfigError, match="nowhere holds no policy"):
+        a_speaker(str(tmp_path / "nowhere"), Memory("speaker-base"))
 
 
 def test_a_reward_model_of_another_codec_is_refused_and_the_old_one_chooses(

@@ -1,7 +1,9 @@
 """Bodies that differ from what their headers say, as a web server hands them over."""
 
+import asyncio
 import http.client
 import json
+import logging
 import socket
 import threading
 import time
@@ -10,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import uvicorn
+from starlette.types import Message
 
 from speechalign.serving.api import build_api
 from speechalign.serving.keys import Gate
@@ -98,6 +101,61 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody(port: int):
     status, answer = sent(port, str(len(BODY) - 1), BODY[:-1])
     assert status == 400
     assert json.loads(answer)["error"]["code"] == "bad_json"
+
+
+class Tags:
+    """A counter that remembers what it counted."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, str]] = []
+
+    def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        del value
+        self.told.append(tags or {})
+
+
+async def leave(service: SpeechService, telemetry: Telemetry, path: str, way: str) -> list[Message]:
+    """Send the start of a body and go away, as a web server or Serve tells of it."""
+    api = build_api(service, Gate([], service.config.limits), telemetry)
+    kind = "application/json" if path == SPEECH else "multipart/form-data; boundary=x"
+    scope = {
+        "type": "http", "method": "POST", "path": path, "query_string": b"",
+        "headers": [(b"content-type", kind.encode())],
+    }  # fmt: skip
+    start = b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\nme'
+    messages: list[Message] = [{"type": "http.request", "body": start, "more_body": True}]
+    if way == "message":
+        messages.append({"type": "http.disconnect"})
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not messages:
+            request.cancel()
+            await asyncio.Event().wait()
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    request = asyncio.create_task(api(scope, receive, send))
+    await asyncio.wait([request])
+    assert request.cancelled() == (way == "cancel")
+    return sent
+
+
+@pytest.mark.parametrize("way", ["message", "cancel"])
+@pytest.mark.parametrize("path", [SPEECH, "/v1/audio/voices"])
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_counted_as_one_and_is_no_error(
+    service: SpeechService, caplog: pytest.LogCaptureFixture, path: str, way: str
+):
+    telemetry: Any = Telemetry()
+    telemetry.ends, telemetry.rejects = Tags(), Tags()
+    with caplog.at_level(logging.WARNING):
+        sent = asyncio.run(leave(service, telemetry, path, way))
+    assert telemetry.ends.told == [{"model": "", "end": "cancelled"}]
+    assert (telemetry.rejects.told, caplog.records) == ([], [])
+    statuses = [one["status"] for one in sent if one["type"] == "http.response.start"]
+    assert statuses == ([499] if way == "message" else [])
 
 
 @pytest.mark.parametrize("length", ["12abc", "-1", "1.5", "0x10"])

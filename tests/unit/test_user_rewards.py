@@ -19,7 +19,7 @@ import pytest
 import soundfile as sf
 
 from speechalign.config.judges import HttpJudgeConfig, PythonJudgeConfig, RewardConfig, listens
-from speechalign.errors import ConfigError, DataError
+from speechalign.errors import BudgetExceeded, ConfigError, DataError
 from speechalign.judges.base import SILENT, Judgement
 from speechalign.judges.http import HttpJudge
 from speechalign.judges.user_code import UserJudge, UserReward, load_user_class
@@ -27,6 +27,7 @@ from speechalign.rewards.combine import check_budget, rewards_of
 from speechalign.rewards.stage import JudgeStage
 from speechalign.rewards.user_tokens import UserTokenStage
 from speechalign.types import Clip, Measured, TokenAnswer, Unmeasured
+from tests.user_rewards import Hangs
 
 
 def a_config(name: str, **changes: Any) -> PythonJudgeConfig:
@@ -37,6 +38,19 @@ def a_config(name: str, **changes: Any) -> PythonJudgeConfig:
 def an_answer(text: str = "good") -> TokenAnswer:
     return TokenAnswer(
         sample_id="p/0", text=text, prompt_token_ids=(2,), token_ids=(8, 20, 1), is_truncated=False
+    )
+
+
+def token_rows() -> pa.Table:
+    return pa.table(
+        {
+            "prompt_id": ["a", "b"],
+            "sample_index": [0, 0],
+            "text": ["good", "bad"],
+            "prompt_token_ids": [[2], [2]],
+            "token_ids": [[8], [9]],
+            "is_truncated": [False, False],
+        }
     )
 
 
@@ -83,6 +97,49 @@ def test_an_exception_takes_only_the_bad_sample():
         Unmeasured("mine: RuntimeError: I cannot read this"),
         Measured(1.0),
     ]
+
+
+@pytest.fixture
+def hangs() -> Iterator[threading.Event]:
+    """What lets the reward that hangs go on."""
+    Hangs.released.clear()
+    yield Hangs.released
+    Hangs.released.set()
+
+
+def judge_threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name == "judge mine"]
+
+
+def test_a_reward_that_hangs_is_missing_at_once_until_it_returns(hangs: threading.Event):
+    before = len(judge_threads())
+    reward = UserReward(a_config("Hangs", timeout_s=1.0))
+    assert reward.scores([an_answer()] * 2) == [Unmeasured("mine: no answer within 1 s")] * 2
+    began = time.monotonic()
+    missing = [Unmeasured("mine: it has not returned from an earlier batch")]
+    assert [reward.scores([an_answer()]) for _ in range(20)] == [missing] * 20
+    assert time.monotonic() - began < 10
+    assert len(judge_threads()) == before + 1
+    assert all(thread.daemon for thread in judge_threads())  # the process ends all the same
+    hangs.set()
+    deadline = time.monotonic() + 30
+    while (scores := reward.scores([an_answer()])) == missing:
+        assert time.monotonic() < deadline
+    assert scores == [Measured(1.0)]
+
+
+@pytest.mark.usefixtures("hangs")
+def test_a_reward_that_never_returns_ends_by_the_failure_budget():
+    stage = UserTokenStage(a_config("Hangs", timeout_s=0.05))
+    rows = [row for _ in range(2) for row in stage(token_rows()).to_pylist()]
+    assert [row["mine"] for row in rows] == [None] * 4
+    config = RewardConfig.model_validate({"terms": [{"measure": "mine", "weight": 1.0}]})
+    with pytest.raises(BudgetExceeded, match=r"mine: no answer within 0\.05 s"):
+        check_budget(rewards_of(rows, config), config)
+
+
+def test_a_reward_is_asked_in_the_thread_that_made_it():
+    assert UserReward(a_config("OfOneThread")).scores([an_answer()]) == [Measured(1.0)]
 
 
 def test_a_wrong_number_of_values_is_an_error():
@@ -135,17 +192,7 @@ def test_a_reward_of_sound_is_a_judge():
 
 
 def test_a_reward_of_tokens_is_a_stage_that_needs_no_sound():
-    table = pa.table(
-        {
-            "prompt_id": ["a", "b"],
-            "sample_index": [0, 0],
-            "text": ["good", "bad"],
-            "prompt_token_ids": [[2], [2]],
-            "token_ids": [[8], [9]],
-            "is_truncated": [False, False],
-        }
-    )
-    judged = UserTokenStage(a_config("Fragile"))(table)
+    judged = UserTokenStage(a_config("Fragile"))(token_rows())
     assert judged["mine"].to_pylist() == [1.0, None]
     assert judged["judge_errors"].to_pylist() == ["", "mine: RuntimeError: I cannot read this"]
 
