@@ -70,7 +70,7 @@ def make_pairs(
             "prompt, lower pairing.min_margin, or look at why judgements fail"
         )
     if PairKind.LABELLED in config.kinds:
-        _check_labels(pairing.counts())
+        _check_labels(pairing)
     return pairing
 
 
@@ -80,13 +80,18 @@ def _kind(pair: PreferencePair) -> str:
     return "labelled_good" if pair.chosen_token_ids else "labelled_bad"
 
 
-def _check_labels(counts: Mapping[str, int]) -> None:
-    """Refuse labels of one sort: nothing tells the policy what the other sort is like."""
-    for label, limit in (("good", "good_above"), ("bad", "bad_below")):
-        if not counts.get(f"pairs_labelled_{label}"):
+def _check_labels(pairing: Pairing) -> None:
+    """Refuse answers of one sort: nothing tells the policy what the other sort is like."""
+    sorts = {
+        ("good", "good_above"): any(pair.chosen_token_ids for pair in pairing.pairs),
+        ("bad", "bad_below"): any(pair.rejected_token_ids for pair in pairing.pairs),
+    }
+    for (label, limit), is_there in sorts.items():
+        if not is_there:
             raise DataError(
-                f"no sample is labelled {label}: {counts}; set pairing.{limit} to a reward that "
-                "some samples reach (the rewards are in the iteration's scored.parquet)"
+                f"no answer is {label}: {pairing.counts()}; set pairing.{limit} to a reward that "
+                "some samples reach (the measures are in the iteration's scored.parquet), or let "
+                "golden answers be the good ones (pairing.kinds: [golden, labelled])"
             )
 
 

@@ -11,6 +11,7 @@ from speechalign.errors import ConfigError
 from speechalign.pipeline.align import run_align
 from speechalign.training.metrics import read_metrics
 from speechalign.training.stored_pairs import read_pairs
+from speechalign.types import PairKind
 from tests.ray.conftest import FinishedRun
 from tests.tiny_stack import TinyStack, tiny_recipe
 
@@ -43,19 +44,20 @@ def test_fine_tuning_on_the_chosen_makes_them_likelier(
     assert looks[-1]["heldout_chosen_drop"] < 0
 
 
-def test_kto_learns_from_answers_that_are_good_or_bad_alone(
+def test_kto_learns_from_golden_answers_and_samples_that_are_bad_alone(
     stack: TinyStack, finished: FinishedRun, tmp_path: Path
 ):
     values = a_recipe(stack, tmp_path / "run", "dpo").model_dump(mode="json")
     values["training"]["loss"] |= {"variant": "kto"}
-    values["pairing"] = {"kinds": ["labelled"], "good_above": 0.0, "bad_below": 0.0}
-    values["reward"] |= {"normalise": "group"}
+    # The reward is minus the duration: every sample is bad, and the recordings are good.
+    values["pairing"] = {"kinds": ["golden", "labelled"], "good_above": 1.0, "bad_below": 1.0}
     config = AlignConfig.model_validate(values)
     finished.start_from(config, "prompts", "iteration-1/scored")
     run_align(config, until="policy")
     folder = config.run_dir / "iteration-1"
     pairs = read_pairs(folder / "pairs")
-    assert {bool(p.chosen_token_ids) + bool(p.rejected_token_ids) for p in pairs} == {1}
+    assert {p.kind for p in pairs} == {PairKind.GOLDEN, PairKind.LABELLED}
+    assert not any(p.chosen_token_ids for p in pairs if p.kind is PairKind.LABELLED)
     rows = read_metrics(folder / "policy-work" / "metrics.jsonl")
     looks = [row["heldout_loss"] for row in rows if "heldout_loss" in row]
     assert looks[0] == pytest.approx(0.5, abs=1e-5)

@@ -74,10 +74,13 @@ def test_labels_of_one_sort_are_refused():
     golden = {"p0": GOLDEN, "p1": GOLDEN}
     counts = make_pairs(groups, golden, LABELS).counts()
     assert counts == {"pairs_labelled_good": 2, "pairs_labelled_bad": 1}
-    with pytest.raises(DataError, match=r"no sample is labelled bad.*pairing\.bad_below"):
+    with pytest.raises(DataError, match=r"no answer is bad.*pairing\.bad_below"):
         make_pairs({"p1": groups["p1"]}, golden, LABELS)
-    with pytest.raises(DataError, match=r"no sample is labelled good.*pairing\.good_above"):
+    with pytest.raises(DataError, match=r"no answer is good.*pairing\.good_above"):
         make_pairs({"p0": groups["p0"][1:]}, golden, LABELS)
+    both = LABELS.model_copy(update={"kinds": (PairKind.GOLDEN, PairKind.LABELLED)})
+    counts = make_pairs({"p0": groups["p0"][1:]}, golden, both).counts()
+    assert counts == {"pairs_golden": 1, "pairs_labelled_bad": 1}
 
 
 @pytest.mark.parametrize(
