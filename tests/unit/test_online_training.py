@@ -453,6 +453,10 @@ def test_a_run_whose_judge_gives_up_keeps_the_best_policy(stack: TinyStack, tmp_
     assert "answers have no reward after step 2" in facts["stop_reason"]
 
 
+def always_the_same(rows: Sequence[Row]) -> list[Score]:
+    return [Measured(1.0) for _ in rows]
+
+
 def test_a_critic_that_warms_up_tries_no_patience(stack: TinyStack, tmp_path: Path):
     config = a_config(
         method="ppo",
@@ -461,7 +465,7 @@ def test_a_critic_that_warms_up_tries_no_patience(stack: TinyStack, tmp_path: Pa
         heldout={"every": 1, "num_prompts": 4, "answers_per_prompt": 2},
         guards={"min_stop_share": 0.0, "patience": 1},
     )
-    run = Run(stack, tmp_path, config, rewards=lambda rows: [Measured(1.0) for _ in rows])
+    run = Run(stack, tmp_path, config, rewards=always_the_same)
     run.train().commit()
     facts = verify_folder(run.paths.output)
     assert (facts["num_steps"], facts["stop_reason"]) == (3, "all steps done")
