@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 TIMINGS = "timings.json"
 PLACEMENT = re.compile(
     r"pools\..+"
-    r"|(evaluation\.)?judges\.\d+\.(num_threads|pool\..+)"
+    r"|(evaluation\.|training\.heldout\.)?judges\.\d+\.(num_threads|pool\..+)"
     r"|(engine|rendering)\.num_threads"
     r"|engine\.(kv_cache_mib|max_num_seqs)"
     r"|training\.workers\.(cpus_per_worker|gpus_per_worker|max_failures|label_selector\..+)"

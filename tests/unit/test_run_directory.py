@@ -157,6 +157,15 @@ def test_a_run_may_go_on_elsewhere_or_for_longer(key: str, value: object):
     assert changed.allowed[0].startswith(key)
 
 
+def test_judges_of_heldout_answers_may_have_other_pools_too():
+    before, now = (
+        {"training": {"heldout": {"judges": [{"kind": "signal", "pool": {"num_cpus": share}}]}}}
+        for share in (0.1, 0.2)
+    )
+    changed = changed_settings(before, now, is_finished=False)
+    assert (len(changed.allowed), changed.refused) == (1, ())
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
