@@ -48,7 +48,7 @@ class GrpoConfig(Config):
     """Groups in place of a critic."""
 
     divides_by_std: bool = True
-    """Shao et al. 2024, eq. 3; without: Dr. GRPO (Liu et al. 2025)."""
+    """Shao et al. 2024, section 4.1.2; without: Dr. GRPO (Liu et al. 2025)."""
     clip_low: float = Field(default=0.2, gt=0)
     clip_high: float = Field(default=0.28, gt=0)
     """Above clip_low: DAPO's clip-higher (Yu et al. 2025, eq. 10)."""

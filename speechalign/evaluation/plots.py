@@ -26,7 +26,7 @@ CURVES = (
     ("share of the answers", {"stop_share": "end by themselves", "kept_answers": "learned from"}),
     (
         "share of the groups that teach nothing",
-        {"zero_variance_groups": "equal rewards", "tied_groups": "no pair"},
+        {"zero_variance_groups": "nothing to learn", "tied_groups": "no pair"},
     ),
     ("share of the tokens that the clip holds back", {"clip_fraction": "held back"}),
     ("gradient norm, before clipping", {"grad_norm": "norm"}),
