@@ -271,8 +271,9 @@ def _minutes_before(config: CompareConfig, arms: Sequence[Arm]) -> dict[str, str
     seconds = read_timings(config.run_dir)
     for arm in arms:
         if arm.step.until != "report":
-            folder = arm.config.run_dir
-            seconds[folder.name] = sum(read_timings(folder).values())
+            timings = read_timings(arm.config.run_dir).items()  # with those of copied stages
+            own = [value for stage, value in timings if stage.startswith("iteration-1/")]
+            seconds[arm.config.run_dir.name] = sum(own)
     return {f"minutes of {name}": f"{value / 60:.1f}" for name, value in seconds.items()}
 
 
